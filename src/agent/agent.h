@@ -1,0 +1,84 @@
+// The agent: the remap carried into other processes, from outside, in the background.
+//
+// One supervisor process for each StartAgent, one worker process for each task (address space), one
+// helper (CLONE_VM, injected) inside each program while its worker is at work. The supervisor holds
+// every worker's userfaultfd a second time, so that the death of one worker leaves the program with
+// right memory and the next worker goes on. All end themselves when the program is READY.
+//
+// Progress is kept in a file for each process, RuntimeDirectory()/<pid>.json, which `status` reads;
+// the truth is always derived from /proc/PID/maps.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/result.h"
+#include "base/units.h"
+
+namespace unmoor {
+
+enum class ThpPolicy {
+  kAuto,   // 2 MiB blocks whose pages are all present get a huge page, unless the system says never
+  kNever,  // 4 KiB pages only
+};
+
+struct AgentOptions {
+  Nanos max_pause{1'000'000};  // bound of one freeze window
+  ThpPolicy thp = ThpPolicy::kAuto;
+  bool remap = true;                 // false: keep anonymous semantics only (restore --remap off)
+  bool eager = false;                // remap before the program runs (restore --mode eager)
+  Nanos child_delay{5'000'000'000};  // a forked child is remapped once it has lived this long
+  std::string log_file;              // where the detached agent logs; empty: nowhere
+};
+
+// What a finished or running remap did. All counts are of this process since its agent began.
+struct RemapReport {
+  Bytes total;           // direct-mapped bytes with content when it began
+  Bytes done;            // of these, anonymous now
+  Bytes dropped;         // given back by the program meanwhile (munmap, MADV_DONTNEED)
+  uint64_t windows = 0;  // freeze windows that swapped something
+  uint64_t aborted = 0;  // windows given up (a thread would not stop, too much was written)
+  Nanos longest_pause;   // first thread asked to stop until last thread released
+  Nanos elapsed;
+  double copy_rate = 0;  // bytes a second, copying and swapping only
+};
+
+enum class Status { kReady = 0, kLater = 1, kNever = 2 };  // also the exit codes of `unmoor status`
+
+struct ProcessStatus {
+  Status status = Status::kReady;
+  std::string reason;               // for kLater and kNever: one clear line
+  Bytes direct_mapped;              // address space still mapping a page image
+  Bytes direct_mapped_data;         // of which the image holds data
+  std::vector<std::string> images;  // the page images still mapped
+  std::optional<Pid> agent;         // the agent at work, if any
+  std::optional<RemapReport> progress;
+};
+
+// Where agents keep their progress: $UNMOOR_RUNTIME_DIR, else /run/unmoor, else /tmp/unmoor-<uid>.
+[[nodiscard]] std::string RuntimeDirectory();
+
+// For `restore`: the tasks are stopped (criu --leave-stopped, SIGSTOP). Prepares each of them
+// (guards in place), starts the detached agent, then lets the tasks run, except those in
+// `stay_stopped`. `visible`: none of the program's signal handlers, nor its job-control state,
+// notices. Returns once every task runs. On failure nothing was resumed and no agent is left.
+[[nodiscard]] Result<Pid> StartAgentForStopped(const std::vector<Pid>& tasks,
+                                               const std::vector<Pid>& stay_stopped,
+                                               const AgentOptions& options);
+
+// For `remap -t PID`: remaps every direct-mapped VMA of the running (or stopped) process `pid`, in
+// the foreground. `progress` is called a few times a second from the calling thread; it may be
+// empty. Takes over from a dead agent. An agent at work on that process is waited for instead.
+[[nodiscard]] Result<RemapReport> RemapProcess(
+    Pid pid, const AgentOptions& options, const std::function<void(const RemapReport&)>& progress);
+
+// Derived from /proc/PID: right for any process, whoever mapped it.
+[[nodiscard]] Result<ProcessStatus> QueryStatus(Pid pid);
+
+// Blocks until `pid` is READY (or NEVER), at most `timeout` (negative: for ever).
+[[nodiscard]] Result<ProcessStatus> WaitReady(
+    Pid pid, Nanos timeout, const std::function<void(const ProcessStatus&)>& progress);
+
+}  // namespace unmoor

@@ -1,0 +1,545 @@
+// Freestanding. The helper: our code inside the program's address space.
+//
+// A child process of the program made with CLONE_VM and no exit signal: it shares the memory, and
+// nothing else (own descriptors, own signals, own thread group). It serves operation lists from the
+// worker (helper_protocol.h) until the socket closes, then unmaps what it owns and exits. It is the
+// one that stops the program's threads (ptrace) and the one that swaps, so killing any process at
+// any moment can never let a thread write between a recheck and its swap.
+//
+// No libc, no allocation, no globals, position-independent: linked as a flat binary
+// (helper_blob.ld) and written into the program by the injector. Only this one thread touches Data
+// but for the fields helper_protocol.h names. On any internal failure it exits; the worker notices.
+#include <asm/unistd.h>
+#include <linux/close_range.h>
+#include <linux/fs.h>
+#include <linux/prctl.h>
+#include <linux/ptrace.h>
+#include <linux/userfaultfd.h>
+
+#include "agent/helper_protocol.h"
+#include "os/kernel_abi.h"
+
+namespace unmoor::helper {
+
+using namespace kernel;  // NOLINT: its structures only
+namespace {
+
+constexpr long kEfault = 14, kEbusy = 16, kEnodata = 61, kE2big = 7, kEagain = 11, kEsrch = 3,
+               kEintr = 4, kEstale = 116, kEnospc = 28, kEperm = 1, kEacces = 13, kEproto = 71,
+               kEoverflow = 75, kEnoent = 2;
+
+inline long Syscall(long number, long a = 0, long b = 0, long c = 0, long d = 0, long e = 0,
+                    long f = 0) {
+  register long r10 asm("r10") = d;
+  register long r8 asm("r8") = e;
+  register long r9 asm("r9") = f;
+  long result;
+  // SAFETY: the kernel's calling convention; clobbers named.
+  asm volatile("syscall"
+               : "=a"(result)
+               : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+               : "rcx", "r11", "memory");
+  return result;
+}
+
+template <class T>
+long Address(T* pointer) {
+  return reinterpret_cast<long>(pointer);  // SAFETY: only handed to system calls
+}
+
+inline long Word(uint64_t v) {
+  return static_cast<long>(v);
+}
+
+// rep movsb with a way out: the fault handler moves the instruction pointer from the copy to the
+// exit, leaving the number of bytes not copied. Returns 0 or that number.
+extern "C" unsigned long unmoor_copy(void* dst, const void* src, unsigned long length);
+extern "C" char unmoor_copy_begin[], unmoor_copy_fault[];
+asm(R"(
+.text
+.global unmoor_copy, unmoor_copy_begin, unmoor_copy_fault
+.hidden unmoor_copy, unmoor_copy_begin, unmoor_copy_fault
+unmoor_copy:
+  mov %rdx, %rcx
+unmoor_copy_begin:
+  rep movsb
+unmoor_copy_fault:
+  mov %rcx, %rax
+  ret
+.hidden unmoor_restorer
+.global unmoor_restorer
+unmoor_restorer:
+  mov $15, %eax
+  syscall
+)");
+extern "C" char unmoor_restorer[];
+
+void FaultHandler(int /*signal*/, void* /*info*/, KernelUcontext* context) {
+  auto& rip = context->mcontext.rip;
+  if (rip == static_cast<uint64_t>(Address(unmoor_copy_begin))) {
+    rip = static_cast<uint64_t>(Address(unmoor_copy_fault));
+    return;
+  }
+  Syscall(__NR_exit_group, 1);
+}
+
+int64_t Now() {
+  int64_t time[2] = {};
+  Syscall(__NR_clock_gettime, 1 /*CLOCK_MONOTONIC*/, Address(time));
+  return time[0] * 1'000'000'000 + time[1];
+}
+
+struct PollFd {
+  int fd;
+  short events;
+  short revents;
+};
+
+bool Readable(int fd, int64_t timeout_ns) {
+  PollFd poll = {fd, 1 /*POLLIN*/, 0};
+  const int64_t timeout[2] = {0, timeout_ns};
+  return Syscall(__NR_ppoll, Address(&poll), 1, Address(timeout), 0, 8) > 0;
+}
+
+// --- freezing -----------------------------------------------------------------------------------
+
+struct DirectoryEntry {  // linux_dirent64
+  uint64_t inode;
+  int64_t offset;
+  uint16_t length;
+  uint8_t type;
+  char name[1];
+};
+
+bool Known(const Data& data, int tid) {
+  for (uint32_t i = 0; i < data.thread_count; ++i) {
+    if (data.threads[i].tid == tid) return true;
+  }
+  return false;
+}
+
+// Reads task/<name>/<file> of the directory into `text`. The number of bytes, or -errno.
+long ReadThreadFile(long task_fd, const char* name, const char* file, char* text, long size) {
+  char path[40];
+  int length = 0;
+  while (name[length] != 0 && length < 16) {
+    path[length] = name[length];
+    ++length;
+  }
+  for (const char* p = file; *p != 0; ++p) path[length++] = *p;
+  path[length] = 0;
+  const long fd = Syscall(__NR_openat, task_fd, Address(path), 0, 0);
+  if (fd < 0) return fd;
+  const long read = Syscall(__NR_read, fd, Address(text), size);
+  Syscall(__NR_close, fd);
+  return read;
+}
+
+// The id that the thread listed as `name` has in our own PID namespace: the last number of the
+// NSpid line of its status. 0 when it is gone; -errno when that cannot be told, which must never
+// pass for a thread that need not be stopped.
+long OwnIdOf(long task_fd, const char* name) {
+  char text[16384];
+  const long size = ReadThreadFile(task_fd, name, "/status", text, sizeof(text));
+  if (size == -kEsrch || size == -kEnoent) return 0;
+  if (size < 0) return size;
+  for (long i = 0; i + 6 < size; ++i) {
+    if (text[i] != '\n' || text[i + 1] != 'N' || text[i + 2] != 'S' || text[i + 3] != 'p') continue;
+    long id = 0;
+    bool in_number = false;
+    for (i += 7; i < size && text[i] != '\n'; ++i) {
+      const bool digit = text[i] >= '0' && text[i] <= '9';
+      if (digit) id = (in_number ? id * 10 : 0) + (text[i] - '0');
+      in_number = digit;
+    }
+    return id;
+  }
+  return -kEproto;
+}
+
+// Whether the thread listed as `name` has ended (zombie leaders stay listed).
+bool HasEnded(long task_fd, const char* name) {
+  char text[512];
+  const long size = ReadThreadFile(task_fd, name, "/stat", text, sizeof(text));
+  if (size <= 0) return true;
+  long paren = 0;
+  for (long i = 0; i < size; ++i) {
+    if (text[i] == ')') paren = i;
+  }
+  return paren + 2 < size && (text[paren + 2] == 'Z' || text[paren + 2] == 'X');
+}
+
+// Seizes and interrupts every thread not yet in the table. Returns how many, or -errno.
+long SeizeNewThreads(Data& data, long task_fd, bool nested) {
+  long found = 0;
+  if (Syscall(__NR_lseek, task_fd, 0, 0) < 0) return -kEsrch;
+  for (;;) {
+    const long bytes = Syscall(__NR_getdents64, task_fd, Address(data.directory_entries),
+                               sizeof(data.directory_entries));
+    if (bytes < 0) return bytes;
+    if (bytes == 0) return found;
+    for (long at = 0; at < bytes;) {
+      // SAFETY: the kernel fills the buffer with such records.
+      const auto* entry = reinterpret_cast<const DirectoryEntry*>(data.directory_entries + at);
+      at += entry->length;
+      long listed = 0;
+      for (const char* p = entry->name; *p >= '0' && *p <= '9'; ++p) {
+        listed = listed * 10 + (*p - '0');
+      }
+      if (listed != 0 && nested) listed = OwnIdOf(task_fd, entry->name);
+      if (listed < 0) return listed;
+      const int tid = static_cast<int>(listed);
+      if (tid == 0 || Known(data, tid)) continue;
+      if (data.thread_count == kMaxThreads) return -kEoverflow;
+      // SAFETY: ptrace of a thread of the program we serve; released by Thaw or by our death.
+      const long error = Syscall(__NR_ptrace, PTRACE_SEIZE, tid, 0, 0);
+      if (error == -kEsrch) continue;  // it is ending
+      if (error == -kEperm && HasEnded(task_fd, entry->name)) continue;
+      if (error == -kEperm) return -kEacces;
+      if (error < 0) return error;
+      data.threads[data.thread_count++] = {tid, -1};
+      Syscall(__NR_ptrace, PTRACE_INTERRUPT, tid, 0, 0);
+      ++found;
+    }
+  }
+}
+
+// One look at thread `i`. True when it is stopped or gone.
+bool Collect(Data& data, uint32_t i) {
+  auto& thread = data.threads[i];
+  if (thread.signal >= 0) return true;
+  int status = 0;
+  constexpr long kWnohang = 1, kWall = 0x40000000;
+  const long waited = Syscall(__NR_wait4, thread.tid, Address(&status), kWnohang | kWall, 0);
+  if (waited == 0 || waited == -kEintr) return false;
+  const bool stopped = waited > 0 && (status & 0xff) == 0x7f;
+  if (!stopped) {
+    thread = data.threads[--data.thread_count];  // gone; the caller looks at slot i again
+    return false;
+  }
+  const int event = status >> 16;
+  thread.signal = event != 0 ? 0 : (status >> 8) & 0xff;
+  return true;
+}
+
+// Returns how many threads have not stopped within the limit, or -errno.
+long StopThreads(Data& data, long task_fd, int64_t limit_ns, bool nested) {
+  const int64_t began = Now();
+  int idle = 0;
+  bool settled = false;
+  for (;;) {
+    const long found = SeizeNewThreads(data, task_fd, nested);
+    if (found < 0) return found;
+    long late = 0;
+    for (uint32_t i = 0; i < data.thread_count;) {
+      const uint32_t before = data.thread_count;
+      if (Collect(data, i)) {
+        ++i;
+      } else if (data.thread_count == before) {
+        ++late;
+        ++i;
+      }
+    }
+    // Listed once more while every known thread was stopped already: none can be born now. (A
+    // thread may have been born, and its maker stopped, after the listing before.)
+    const bool quiet = found == 0 && late == 0;
+    if (quiet && settled) return data.thread_count > 0 ? 0 : -kEsrch;
+    settled = quiet;
+    if (quiet) continue;
+    if (found == 0 && Now() - began > limit_ns) return late;
+    if (++idle < 64) {
+      Syscall(__NR_sched_yield);
+    } else {
+      const int64_t nap[2] = {0, 20'000};
+      Syscall(__NR_nanosleep, Address(nap), 0);
+    }
+  }
+}
+
+// While threads are stopped nobody may keep us from a core: SCHED_FIFO for the length of the
+// window. Where the program may not (CAP_SYS_NICE) this does nothing.
+void Hurry(bool on) {
+  const int priority = on ? 1 : 0;
+  Syscall(__NR_sched_setscheduler, 0, on ? 1 /*SCHED_FIFO*/ : 0 /*SCHED_OTHER*/,
+          Address(&priority));
+}
+
+long Freeze(Data& data, const uint64_t (&a)[7], int64_t& began) {
+  const int uffd = static_cast<int>(a[3]);
+  Hurry(true);
+  began = Now();
+  const long late = StopThreads(data, Word(a[0]), static_cast<int64_t>(a[1]), a[2] != 0);
+  if (late < 0) return late;
+  return late > 0 || (uffd >= 0 && Readable(uffd, 0)) ? -kEbusy : 0;
+}
+
+// Releases every stopped thread. One that has not stopped yet (it sleeps where ptrace cannot reach
+// it, waiting for an event to be read, say) stays in the table and is released when it stops.
+void Thaw(Data& data) {
+  uint32_t late = 0;
+  while (late < data.thread_count) {
+    const uint32_t before = data.thread_count;
+    if (Collect(data, late)) {
+      const auto thread = data.threads[late];
+      Syscall(__NR_ptrace, PTRACE_DETACH, thread.tid, 0, thread.signal);
+      data.threads[late] = data.threads[--data.thread_count];
+    } else if (data.thread_count == before) {
+      ++late;
+    }
+  }
+}
+
+// --- operations ---------------------------------------------------------------------------------
+
+long Copy(uint64_t dst, uint64_t src, uint64_t length) {
+  // SAFETY: addresses planned by the worker; a fault is turned into EFAULT.
+  return unmoor_copy(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), length) == 0
+             ? 0
+             : -kEfault;
+}
+
+// An ioctl whose argument's fifth word is the number of bytes done (UFFDIO_COPY, UFFDIO_MOVE).
+long TransferIoctl(long fd, unsigned long request, uint64_t dst, uint64_t src, uint64_t length) {
+  int idle = 0;
+  while (length > 0) {
+    uint64_t argument[5] = {dst, src, length, 0, 0};
+    const long error = Syscall(__NR_ioctl, fd, Word(request), Address(argument));
+    const auto done = static_cast<int64_t>(argument[4]);
+    if (error < 0 && error != -kEagain) return error;
+    if (done <= 0 && ++idle > 1000) return -kEagain;
+    if (done > 0) {
+      dst += static_cast<uint64_t>(done);
+      src += static_cast<uint64_t>(done);
+      length -= static_cast<uint64_t>(done);
+    }
+  }
+  return 0;
+}
+
+long Move(const uint64_t (&a)[7]) {
+  const long error = TransferIoctl(Word(a[0]), UFFDIO_MOVE, a[1], a[2], a[3]);
+  if (error == 0) return 0;
+  return TransferIoctl(Word(a[0]), UFFDIO_COPY, a[1], a[2], a[3]);
+}
+
+long Pread(const uint64_t (&a)[7]) {
+  for (uint64_t done = 0; done < a[2];) {
+    const long n =
+        Syscall(__NR_pread64, Word(a[0]), Word(a[1] + done), Word(a[2] - done), Word(a[3] + done));
+    if (n == -kEintr) continue;
+    if (n < 0) return n;
+    if (n == 0) return -kEnodata;
+    done += static_cast<uint64_t>(n);
+  }
+  return 0;
+}
+
+long CheckVma(const uint64_t (&a)[7]) {
+  ProcmapQuery query{};
+  query.size = sizeof(query);
+  query.query_addr = a[1];
+  const long error = Syscall(__NR_ioctl, Word(a[0]), Word(kProcmapQuery), Address(&query));
+  if (error < 0) return error;
+  const uint64_t device = uint64_t{query.dev_major} << 32 | query.dev_minor;
+  const bool file_matches = query.inode == a[4] && device == a[6] &&
+                            (a[4] == 0 || query.vma_offset + (a[1] - query.vma_start) == a[5]);
+  // Flags: readable 1, writable 2, executable 4, as PROT_*; shared 8.
+  const bool matches = query.vma_start <= a[1] && a[2] <= query.vma_end &&
+                       (query.vma_flags & 15) == a[3] && file_matches;
+  return matches ? 0 : -kEstale;
+}
+
+long Recheck(Data& data, const uint64_t (&a)[7], uint32_t& copied) {
+  uint64_t limit = a[4] > copied ? a[4] - copied : 0;
+  uint64_t at = a[1];
+  while (at < a[2]) {
+    PmScanArg scan{};
+    scan.size = sizeof(scan);
+    scan.flags = kPmScanCheckWpAsync;
+    scan.start = at;
+    scan.end = a[2];
+    scan.vec = static_cast<uint64_t>(Address(data.regions));
+    scan.vec_len = kScanRegions;
+    scan.category_inverted = kPageIsFile | kPageIsPfnZero;
+    scan.category_mask = kPageIsWritten | kPageIsFile | kPageIsPfnZero;
+    scan.category_anyof_mask = kPageIsPresent | kPageIsSwapped;
+    scan.return_mask = kPageIsPresent;
+    const long regions = Syscall(__NR_ioctl, Word(a[0]), Word(kPagemapScan), Address(&scan));
+    if (regions < 0) return regions;
+    for (long i = 0; i < regions; ++i) {
+      const auto& region = data.regions[i];
+      const uint64_t pages = (region.end - region.start) >> 12;
+      if (pages > limit) return -kE2big;
+      limit -= pages;
+      const long error = Copy(region.start + a[3], region.start, region.end - region.start);
+      if (error < 0) return error;
+      copied += static_cast<uint32_t>(pages);
+    }
+    if (scan.walk_end <= at) return -kEstale;
+    at = scan.walk_end;
+  }
+  return 0;
+}
+
+long RunOp(Data& data, Op& op, Reply& reply, int64_t& began) {
+  auto& a = op.args;
+  switch (op.kind) {
+    case OpKind::kSyscall:
+      return reply.result = Syscall(Word(a[0]), Word(a[1]), Word(a[2]), Word(a[3]), Word(a[4]),
+                                    Word(a[5]), Word(a[6]));
+    case OpKind::kIoctl:
+      return reply.result = Syscall(__NR_ioctl, Word(a[0]), Word(a[1]), Address(&a[2]));
+    case OpKind::kMove:
+      return Move(a);
+    case OpKind::kCopy:
+      return Copy(a[0], a[1], a[2]);
+    case OpKind::kPread:
+      return Pread(a);
+    case OpKind::kFreeze: {
+      const long result = Freeze(data, a, began);
+      reply.stop_ns = Now() - began;
+      return result;
+    }
+    case OpKind::kCheckVma:
+      return CheckVma(a);
+    case OpKind::kRecheck: {
+      const long result = Recheck(data, a, reply.copied);
+      reply.recheck_ns = began == 0 ? 0 : Now() - began;
+      return result;
+    }
+    case OpKind::kHold:
+      data.held = 1;
+      return reply.result = StopThreads(data, Word(a[0]), static_cast<int64_t>(a[1]), a[2] != 0);
+    case OpKind::kThaw:
+      data.held = 0;
+      reply.threads = data.thread_count;
+      Thaw(data);
+      reply.pause_ns = began == 0 ? 0 : Now() - began;
+      Hurry(false);
+      began = 0;
+      return 0;
+  }
+  return -kEnospc;
+}
+
+void RunList(Data& data, uint32_t count, Reply& reply) {
+  int64_t began = 0;
+  for (uint32_t i = 0; i < count; ++i) {
+    Op& op = data.ops[i];
+    const bool on_failure = (op.flags & kOpOnFailure) != 0;
+    if (on_failure != (reply.error != 0) && op.kind != OpKind::kThaw) continue;
+    if (op.kind == OpKind::kThaw && began == 0 && data.held == 0) continue;
+    const long result = RunOp(data, op, reply, began);
+    if (result < 0 && (op.flags & kOpMayFail) == 0) {
+      if (reply.error == 0) reply.error = static_cast<int32_t>(-result);
+    } else if (reply.error == 0) {
+      reply.done = i + 1;
+    }
+  }
+  if (began != 0) Thaw(data);  // a list without its Thaw is a bug; the program must not pay for it
+}
+
+// --- serving ------------------------------------------------------------------------------------
+
+struct ControlBuffer {
+  KernelCmsghdr header;
+  int fd;
+  int padding;
+};
+
+// False when the worker is gone.
+bool Serve(Data& data) {
+  while (data.held == 0 && data.thread_count > 0) {
+    Thaw(data);  // those that were late
+    if (data.thread_count == 0 || Readable(data.socket, 200'000)) break;
+  }
+  KernelIovec iov[2] = {{&data.header, sizeof(data.header)}, {data.ops, sizeof(data.ops)}};
+  ControlBuffer control{};
+  KernelMsghdr message{};
+  message.iov = iov;
+  message.iovlen = 2;
+  message.control = &control;
+  message.controllen = sizeof(control);
+  const long n = Syscall(__NR_recvmsg, data.socket, Address(&message), 0);
+  if (n == -kEintr) return true;
+  if (n < static_cast<long>(sizeof(MessageHeader))) return false;
+  Reply reply{};
+  reply.received_fd = -1;
+  if (message.controllen >= sizeof(KernelCmsghdr) + sizeof(int) && control.header.type == 1) {
+    reply.received_fd = control.fd;
+  }
+  const auto present = static_cast<uint64_t>(n) - sizeof(MessageHeader);
+  if (data.header.count > kMaxOps || data.header.count * sizeof(Op) != present) return false;
+  RunList(data, data.header.count, reply);
+  return Syscall(__NR_sendto, data.socket, Address(&reply), sizeof(reply), 0x4000 /*NOSIGNAL*/) ==
+         sizeof(reply);
+}
+
+void Isolate() {
+  // Every signal but the two our copy turns into EFAULT.
+  const uint64_t mask = ~(uint64_t{1} << (11 - 1) | uint64_t{1} << (7 - 1));
+  Syscall(__NR_rt_sigprocmask, 2 /*SIG_SETMASK*/, Address(&mask), 0, sizeof(mask));
+  KernelSigaction action{};
+  action.handler = static_cast<uint64_t>(Address(&FaultHandler));
+  action.flags = 0x04000000 /*SA_RESTORER*/ | 0x4 /*SA_SIGINFO*/ | 0x40000000 /*SA_NODEFER*/;
+  action.restorer = static_cast<uint64_t>(Address(unmoor_restorer));
+  Syscall(__NR_rt_sigaction, 11, Address(&action), 0, sizeof(action.mask));
+  Syscall(__NR_rt_sigaction, 7, Address(&action), 0, sizeof(action.mask));
+  Syscall(__NR_close_range, 0, 0xffffffffL, 0);
+  Syscall(__NR_setsid);
+  const uint64_t no_core[2] = {0, 0};
+  Syscall(__NR_prlimit64, 0, 4 /*RLIMIT_CORE*/, Address(no_core), 0);
+  Syscall(__NR_prctl, PR_SET_TIMERSLACK, 1);
+  char name[16] = {'u', 'n', 'm', 'o', 'o', 'r', '-', 'h', 'e', 'l', 'p', 'e', 'r', 0};
+  Syscall(__NR_prctl, PR_SET_NAME, Address(name));
+}
+
+}  // namespace
+
+extern "C" [[noreturn]] __attribute__((used)) void unmoor_helper_main(Data* data_pointer) {
+  Data& data = *data_pointer;
+  Isolate();
+  data.helper_tid = static_cast<int32_t>(Syscall(__NR_getpid));
+  int sockets[2] = {-1, -1};
+  data.start_error = static_cast<int32_t>(
+      -Syscall(__NR_socketpair, 1 /*AF_UNIX*/, 5 /*SEQPACKET*/, 0, Address(sockets)));
+  data.socket = sockets[0];
+  data.worker_socket = sockets[1];
+  __atomic_store_n(&data.state, 1, __ATOMIC_RELEASE);
+  if (data.start_error == 0) {
+    while (Serve(data)) {
+    }
+  }
+  // The worker is gone: give back what only the remap needed.
+  for (uint64_t i = 0; i < data.owned_count && i < kMaxOwned; ++i) {
+    if (data.owned[i].length != 0) {
+      Syscall(__NR_munmap, Word(data.owned[i].begin), Word(data.owned[i].length));
+    }
+  }
+  data.owned_count = 0;
+  __atomic_store_n(&data.state, 2, __ATOMIC_RELEASE);
+  for (;;) Syscall(__NR_exit_group, 0);
+}
+
+// The first bytes of the blob: magic, then the code a thread of the program is made to run once.
+// The injector sets rax … r8 for clone and stops the thread at the end of the system call.
+asm(R"(
+.section .entry, "ax"
+.ascii "UNMOOR-HELPER"
+.zero 3
+.global unmoor_spawn
+unmoor_spawn:
+  syscall
+  test %eax, %eax
+  jz 1f
+  ud2
+1:
+  xor %ebp, %ebp
+  mov (%rsp), %rdi
+  and $-16, %rsp
+  call unmoor_helper_main
+  ud2
+.text
+)");
+
+}  // namespace unmoor::helper

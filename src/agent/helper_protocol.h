@@ -1,0 +1,112 @@
+// Freestanding. What the worker (a process of ours) and the helper (our code inside the program's
+// address space) say to each other: lists of small operations over a SOCK_SEQPACKET socket pair.
+//
+// One message is a MessageHeader and its operations; the helper runs them in order, stops at the
+// first that fails (a Thaw in the list is always run) and answers with one Reply. A message may
+// carry one descriptor (SCM_RIGHTS), whose number in the helper's table comes back in the Reply.
+// A list with Freeze … Thaw is complete in itself: the helper finishes it even if the worker is
+// killed meanwhile, and if the helper is killed the kernel releases the threads at once. So no
+// thread of the program ever runs between a recheck and its swap.
+//
+// Both sides are built from the same tree; kProtocolVersion only guards against a helper left
+// behind by another version.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace unmoor::helper {
+
+inline constexpr char kMagic[16] = "UNMOOR-HELPER";  // at the start of the code pages
+inline constexpr uint32_t kProtocolVersion = 1;
+
+enum class OpKind : uint32_t {
+  kSyscall,   // args: number, a0 … a5. Result >= 0 or it fails.
+  kIoctl,     // args: fd, request, five words of argument. EAGAIN with progress is continued.
+  kMove,      // args: staging uffd, dst, src, length. UFFDIO_MOVE, else UFFDIO_COPY.
+  kCopy,      // args: dst, src, length. A fault makes it fail with EFAULT.
+  kPread,     // args: fd, dst, length, file offset. Short reads fail with ENODATA.
+  kFreeze,    // args: task directory fd, time limit in ns, nested, uffd. Fails with EBUSY when a
+              // thread does not stop in time or an event of the uffd is waiting to be read. nested:
+              // the names in the directory are of an outer PID namespace.
+  kCheckVma,  // args: maps fd, begin, end, prot, inode, offset, major << 32 | minor. One VMA.
+  kRecheck,   // args: pagemap fd, begin, end, mirror - original, page limit. Copies what was
+              // written since the baseline; E2BIG beyond the limit.
+  kHold,  // args: task directory fd, time limit in ns, nested. As kFreeze, but stays in force after
+          // the list until a Thaw; its result is the number of threads not stopped yet.
+  kThaw,  // no args.
+};
+
+inline constexpr uint32_t kOpMayFail = 1;    // its failure does not stop the list
+inline constexpr uint32_t kOpOnFailure = 2;  // run only after an earlier operation has failed
+
+struct Op {
+  OpKind kind;
+  uint32_t flags;
+  uint64_t args[7];
+};
+static_assert(sizeof(Op) == 64);
+
+struct MessageHeader {
+  uint32_t count;
+  uint32_t reserved;
+};
+
+struct Reply {
+  uint32_t done;        // operations that ran well, before the failing one if any
+  int32_t error;        // errno of the first failure, 0
+  int32_t received_fd;  // -1: none
+  uint32_t copied;      // pages copied by kRecheck
+  int64_t result;       // of the last system call
+  int64_t pause_ns;     // first thread asked to stop … last thread released; 0: no freeze
+  int64_t stop_ns;      // of that, until the last thread had stopped
+  int64_t recheck_ns;   // and until the recheck was done
+  uint32_t threads;     // stopped in that window
+  uint32_t reserved;
+};
+
+inline constexpr size_t kMaxOps = 1500;
+inline constexpr size_t kMaxThreads = 8192;
+inline constexpr size_t kMaxOwned = 512;
+inline constexpr size_t kScanRegions = 1024;
+
+struct OwnedRange {
+  uint64_t begin;
+  uint64_t length;
+};
+
+// The helper's writable memory, at a fixed distance behind its code. The worker reads `state`,
+// `owned` and `helper_tid` from outside; `owned` is written by the worker before it has the range
+// mapped, so that whoever comes after a crash knows what to unmap.
+struct Data {
+  char magic[16];
+  uint32_t version;
+  uint32_t state;  // 0 starting, 1 serving, 2 ended
+  int32_t helper_tid;
+  int32_t socket;         // the helper's end
+  int32_t worker_socket;  // the end the worker takes with pidfd_getfd
+  int32_t start_error;
+  uint64_t owned_count;
+  OwnedRange owned[kMaxOwned];
+  MessageHeader header;
+  Op ops[kMaxOps];
+  struct {
+    int32_t tid;
+    int32_t signal;  // to deliver on release; -1: not stopped yet
+  } threads[kMaxThreads];
+  uint32_t thread_count;
+  uint32_t held;  // between kHold and kThaw
+  struct {
+    uint64_t start;
+    uint64_t end;
+    uint64_t categories;
+  } regions[kScanRegions];
+  char directory_entries[16384];
+};
+
+inline constexpr size_t kCodeSize = 16384;
+inline constexpr size_t kDataSize = (sizeof(Data) + 4095) / 4096 * 4096;
+inline constexpr size_t kStackSize = 65536;
+inline constexpr size_t kRegionSize = kCodeSize + kDataSize + kStackSize;
+
+}  // namespace unmoor::helper

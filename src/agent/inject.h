@@ -1,0 +1,47 @@
+// Getting the helper into a program, and out of it.
+//
+// A thread of the program is stopped and made to run four system calls: mmap and mprotect of the
+// helper's region, clone(CLONE_VM) of the helper, and at the end wait4 and munmap. The helper is a
+// child of the program without exit signal: wait() calls of the program do not see it.
+#pragma once
+
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "base/result.h"
+#include "base/units.h"
+#include "os/ptrace.h"
+
+namespace unmoor {
+
+struct HelperProcess {
+  Pid pid;
+  Vaddr region;  // where its code begins in the program
+};
+
+// A helper's region left in the program by an agent that was killed, with what that helper owned.
+struct Leftover {
+  Vaddr region;
+  std::vector<VaddrRange> owned;
+};
+
+// One of `stopped`, all threads of `pid`, runs the calls. Returns with the helper running; the
+// threads are still stopped.
+[[nodiscard]] Result<HelperProcess> InjectHelper(Pid pid, std::span<StoppedThread> stopped);
+
+// Reaps every helper that has ended and unmaps `regions` and what is `owned`.
+[[nodiscard]] Result<> RemoveHelperTraces(Pid pid, std::span<StoppedThread> stopped,
+                                          std::span<const Leftover> leftovers);
+
+// What earlier helpers left in the program.
+[[nodiscard]] Result<std::vector<Leftover>> FindLeftovers(Pid pid);
+// Helpers among the children of `pid`; `ended` tells zombies from living ones.
+struct HelperChild {
+  Pid pid;
+  int pid_in_program = 0;  // as the program would name it
+  bool ended = false;
+};
+[[nodiscard]] Result<std::vector<HelperChild>> FindHelpers(Pid pid);
+
+}  // namespace unmoor

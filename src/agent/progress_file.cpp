@@ -1,0 +1,96 @@
+// See progress_file.h.
+#include "agent/progress_file.h"
+
+#include <charconv>
+#include <nlohmann/json.hpp>
+
+#include "os/file.h"
+#include "os/process_control.h"
+#include "os/procfs.h"
+
+namespace unmoor {
+namespace {
+
+using nlohmann::json;
+
+std::string PathFor(Pid pid) {
+  return fmt::format("{}/{}.json", RuntimeDirectory(), pid.value);
+}
+
+json ToJson(const ProgressFile& p) {
+  const RemapReport& r = p.report;
+  return {{"pid", p.pid.value},
+          {"start_time", p.start_time},
+          {"worker", p.worker.value},
+          {"finished", p.finished},
+          {"problem", p.problem},
+          {"total", r.total.value},
+          {"done", r.done.value},
+          {"dropped", r.dropped.value},
+          {"windows", r.windows},
+          {"aborted", r.aborted},
+          {"longest_pause_ns", r.longest_pause.value},
+          {"elapsed_ns", r.elapsed.value},
+          {"copy_rate", r.copy_rate}};
+}
+
+ProgressFile FromJson(const json& j) {
+  ProgressFile p;
+  p.pid = Pid{j.at("pid").get<int>()};
+  p.start_time = j.at("start_time").get<uint64_t>();
+  p.worker = Pid{j.at("worker").get<int>()};
+  p.finished = j.at("finished").get<bool>();
+  p.problem = j.at("problem").get<std::string>();
+  p.report.total = Bytes(j.at("total").get<uint64_t>());
+  p.report.done = Bytes(j.at("done").get<uint64_t>());
+  p.report.dropped = Bytes(j.at("dropped").get<uint64_t>());
+  p.report.windows = j.at("windows").get<uint64_t>();
+  p.report.aborted = j.at("aborted").get<uint64_t>();
+  p.report.longest_pause = Nanos(j.at("longest_pause_ns").get<int64_t>());
+  p.report.elapsed = Nanos(j.at("elapsed_ns").get<int64_t>());
+  p.report.copy_rate = j.at("copy_rate").get<double>();
+  return p;
+}
+
+}  // namespace
+
+Result<> WriteProgress(const ProgressFile& progress) {
+  const std::string directory = RuntimeDirectory();
+  if (!Exists(directory)) UNMOOR_TRY(MakeDirectory(directory, 0755));
+  const std::string path = PathFor(progress.pid);
+  const std::string temporary = fmt::format("{}.{}", path, OwnPid().value);
+  UNMOOR_TRY(WriteFile(temporary, ToJson(progress).dump() + "\n"));
+  return Rename(temporary, path);
+}
+
+std::optional<ProgressFile> ReadProgress(Pid pid) {
+  const auto text = ReadFile(PathFor(pid), Bytes(65536));
+  if (!text) return std::nullopt;
+  try {
+    ProgressFile progress = FromJson(json::parse(*text));
+    const auto process = ReadProcess(pid);
+    if (!process || process->start_time != progress.start_time) return std::nullopt;
+    return progress;
+  } catch (const json::exception&) {
+    return std::nullopt;
+  }
+}
+
+bool IsAtWork(const ProgressFile& progress) {
+  if (progress.finished) return false;
+  const auto worker = ReadProcess(progress.worker);
+  return worker && worker->name == "unmoor-agent" && worker->state != 'Z';
+}
+
+void ForgetEndedProcesses() {
+  const auto names = ListDirectory(RuntimeDirectory());
+  if (!names) return;
+  for (const std::string& name : *names) {
+    Pid pid;
+    const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), pid.value);
+    if (error != std::errc() || std::string_view(end) != ".json") continue;
+    if (!ReadProgress(pid)) (void)RemoveFile(RuntimeDirectory() + "/" + name);
+  }
+}
+
+}  // namespace unmoor

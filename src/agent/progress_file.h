@@ -1,0 +1,29 @@
+// The progress file of one process: RuntimeDirectory()/<pid>.json, written by its worker, read by
+// status and wait. Replaced as a whole, so a reader never sees half a report. It is a message, not
+// the truth: whether a process is READY is read from /proc.
+#pragma once
+
+#include <optional>
+
+#include "agent/agent.h"
+
+namespace unmoor {
+
+struct ProgressFile {
+  Pid pid;
+  uint64_t start_time = 0;  // of that process, so that a reused pid is not taken for it
+  Pid worker;
+  bool finished = false;
+  std::string problem;  // why the remap does not go on, if it does not
+  RemapReport report;
+};
+
+[[nodiscard]] Result<> WriteProgress(const ProgressFile& progress);
+// Nothing when there is no file, or it is about an earlier process of that pid.
+[[nodiscard]] std::optional<ProgressFile> ReadProgress(Pid pid);
+// Whether the worker that wrote it still lives and has not finished.
+[[nodiscard]] bool IsAtWork(const ProgressFile& progress);
+// Removes the files of processes that have ended. Never fails.
+void ForgetEndedProcesses();
+
+}  // namespace unmoor

@@ -1,0 +1,102 @@
+// Status of a process, derived from /proc; see agent.h.
+#include <algorithm>
+#include <cstdlib>
+
+#include "agent/agent.h"
+#include "agent/page_image.h"
+#include "agent/progress_file.h"
+#include "os/file.h"
+#include "os/process_control.h"
+#include "os/procfs.h"
+
+namespace unmoor {
+namespace {
+
+// Content that still comes from the image, as far as the image can still be looked at.
+Bytes DataOf(Pid pid, const VmaInfo& vma) {
+  const std::string path = fmt::format("/proc/{}/map_files/{:x}-{:x}", pid.value,
+                                       vma.range.begin.value, vma.range.end.value);
+  const auto fd = OpenFile(path, 0 /*O_RDONLY*/);
+  if (!fd) return vma.range.size();
+  const auto ranges = DataRanges(fd->get(), {vma.offset, vma.offset + vma.range.size()}, vma.name);
+  if (!ranges) return vma.range.size();
+  Bytes total;
+  for (const FileRange& range : *ranges) total += range.size();
+  return total;
+}
+
+std::string LaterReason(const ProcessStatus& status, const std::optional<ProgressFile>& progress) {
+  const std::string left = HumanBytes(status.direct_mapped_data);
+  if (progress && !progress->problem.empty()) return progress->problem;
+  if (!status.agent) {
+    return fmt::format("{} still mapped from a page image and no agent at work; run `unmoor remap`",
+                       left);
+  }
+  if (!progress || progress->report.copy_rate <= 0) return fmt::format("{} to go", left);
+  const double seconds =
+      static_cast<double>(status.direct_mapped_data.value) / progress->report.copy_rate;
+  return fmt::format("{} to go, about {}", left,
+                     HumanTime(Nanos(static_cast<int64_t>(seconds * 1e9))));
+}
+
+}  // namespace
+
+std::string RuntimeDirectory() {
+  if (const char* directory = std::getenv("UNMOOR_RUNTIME_DIR")) return directory;
+  if (OwnUid() == 0) return "/run/unmoor";
+  return fmt::format("/tmp/unmoor-{}", OwnUid());
+}
+
+Result<ProcessStatus> QueryStatus(Pid pid) {
+  const auto process = ReadProcess(pid);
+  if (!process) return UserError("no process {}", pid.value);
+  ProcessStatus status;
+  if (process->state == 'Z' || process->state == 'X') {
+    status.status = Status::kNever;
+    status.reason =
+        fmt::format("process {} ({}) has ended and waits for its parent", pid.value, process->name);
+    return status;
+  }
+  if (process->kernel_thread) {
+    status.status = Status::kNever;
+    status.reason = fmt::format("process {} ({}) is a kernel thread", pid.value, process->name);
+    return status;
+  }
+  const auto vmas = ReadMaps(pid);
+  if (!vmas) return Failure(vmas.error());
+  for (const VmaInfo& vma : *vmas) {
+    if (!MapsPageImage(vma)) continue;
+    status.direct_mapped += vma.range.size();
+    status.direct_mapped_data += DataOf(pid, vma);
+    if (std::ranges::find(status.images, vma.name) == status.images.end()) {
+      status.images.push_back(vma.name);
+    }
+  }
+  const std::optional<ProgressFile> progress = ReadProgress(pid);
+  if (progress) {
+    status.progress = progress->report;
+    if (IsAtWork(*progress)) status.agent = progress->worker;
+  }
+  if (status.direct_mapped.value != 0) {
+    status.status = Status::kLater;
+    status.reason = LaterReason(status, progress);
+  } else if (status.agent) {
+    status.status = Status::kLater;
+    status.reason = "the agent is leaving the program";
+  }
+  return status;
+}
+
+Result<ProcessStatus> WaitReady(Pid pid, Nanos timeout,
+                                const std::function<void(const ProcessStatus&)>& progress) {
+  const Nanos began = MonotonicNow();
+  for (;;) {
+    UNMOOR_ASSIGN(ProcessStatus status, QueryStatus(pid));
+    if (progress) progress(status);
+    const bool timed_out = timeout.value >= 0 && MonotonicNow() - began >= timeout;
+    if (status.status != Status::kLater || timed_out) return status;
+    SleepFor(Nanos(20'000'000));
+  }
+}
+
+}  // namespace unmoor

@@ -1,0 +1,288 @@
+// The worker's life: into the program, running, watching, out again. See worker.h.
+#include "agent/worker.h"
+
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <csignal>
+#include <cstdlib>
+
+#include "agent/page_image.h"
+#include "agent/worker_ops.h"
+#include "base/fault_point.h"
+#include "base/log.h"
+#include "os/file.h"
+#include "os/kernel_abi.h"
+#include "os/pagemap.h"
+#include "os/process_control.h"
+#include "os/procfs.h"
+#include "os/remote_memory.h"
+#include "os/userfaultfd.h"
+
+namespace unmoor {
+namespace {
+
+constexpr Nanos kStopLimit(5'000'000'000);
+constexpr Nanos kSaveInterval(50'000'000);
+constexpr int kExecCheckEvery = 10;          // looks at the program's events
+constexpr Nanos kStopTogether(100'000'000);  // all threads at once, for injecting
+constexpr int kBorrowAttempts = 200;
+
+}  // namespace
+
+Worker::Worker(Pid pid, const AgentOptions& options, OnFork on_fork)
+    : pid_(pid),
+      stop_(pid),
+      options_(options),
+      on_fork_(std::move(on_fork)),
+      began_(MonotonicNow()) {}
+
+Result<bool> Worker::Begin(Fd old_uffd) {
+  old_uffd_ = std::move(old_uffd);
+  UNMOOR_ASSIGN(const ProcessInfo process, ReadProcess(pid_));
+  start_time_ = process.start_time;
+  UNMOOR_ASSIGN(const ProcessInfo own, ReadProcess(OwnPid()));
+  nested_ = process.ns_pids.size() > own.ns_pids.size();
+  UNMOOR_ASSIGN(pidfd_, OpenPidFd(pid_));
+  if (AnotherWorkerIsAlive()) {
+    return MachineError("another agent is at work on process {}", pid_.value);
+  }
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid_));
+  UNMOOR_ASSIGN(const std::vector<Leftover> leftovers, FindLeftovers(pid_));
+  UNMOOR_ASSIGN(const std::vector<HelperChild> helpers, FindHelpers(pid_));
+  RememberImages(vmas);
+  const bool mapped = std::ranges::any_of(vmas, MapsPageImage);
+  if (!mapped && leftovers.empty() && helpers.empty()) return false;
+  for (int attempt = 0;; ++attempt) {
+    const auto injected = StopAndInject();
+    if (injected) break;
+    if (injected.error().errnum() != EAGAIN || attempt == kBorrowAttempts) {
+      return Failure(injected.error());
+    }
+    SleepFor(Nanos(5'000'000));
+  }
+  SaveProgress(false, "");
+  return true;
+}
+
+// By the progress file, which a worker writes once it has begun.
+bool Worker::AnotherWorkerIsAlive() const {
+  const auto progress = ReadProgress(pid_);
+  return progress && progress->worker != OwnPid() && IsAtWork(*progress);
+}
+
+Result<> Worker::StopAndInject() {
+  bool changed = false;
+  const auto drain = [&]() -> Result<> {
+    while (old_uffd_.valid()) {
+      UNMOOR_TRY(KnowChildren());
+      UNMOOR_ASSIGN(auto event, ReadUffdEvent(old_uffd_.get()));
+      if (!event) return {};
+      if (event->kind == UffdEvent::Kind::kRemove) given_back_.push_back(event->range);
+      NoteEvent(*event, changed);
+    }
+    return {};
+  };
+  UNMOOR_TRY(WaitForEarlierHelpers());
+  UNMOOR_TRY(KnowChildren());
+  UNMOOR_TRY(stop_.Stop(kStopTogether, drain));
+  const auto injected = InjectStopped();
+  stop_.Release();
+  return injected;
+}
+
+// With every thread of the program stopped.
+Result<> Worker::InjectStopped() {
+  UNMOOR_ASSIGN(const std::vector<Leftover> leftovers, FindLeftovers(pid_));
+  UNMOOR_TRY(RemoveHelperTraces(pid_, stop_.threads(), leftovers));
+  UNMOOR_ASSIGN(const HelperProcess helper, InjectHelper(pid_, stop_.threads()));
+  known_children_.insert(helper.pid.value);
+  UNMOOR_ASSIGN(link_, HelperLink::Connect(pid_, helper));
+  OpList keep_out_of_children;
+  AddAdvice(keep_out_of_children, {helper.region, helper.region + Bytes(helper::kRegionSize)},
+            MADV_DONTFORK);
+  UNMOOR_TRY(link_.Must(keep_out_of_children, "madvise(MADV_DONTFORK) inside the program"));
+  UNMOOR_TRY(OpenTrackers());
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid_));
+  UNMOOR_TRY(RegisterAreas(vmas));
+  for (const VaddrRange range : given_back_) UNMOOR_TRY(Drop(range));
+  return {};
+}
+
+// A helper whose worker died leaves by itself once its last list is done; one that does not is
+// stuck in the kernel, and its end is what frees the program.
+Result<> Worker::WaitForEarlierHelpers() const {
+  const Nanos began = MonotonicNow();
+  for (;;) {
+    UNMOOR_ASSIGN(const std::vector<HelperChild> helpers, FindHelpers(pid_));
+    if (std::ranges::all_of(helpers, &HelperChild::ended)) return {};
+    if (AnotherWorkerIsAlive()) {
+      return MachineError("another agent is at work on process {}", pid_.value);
+    }
+    if (MonotonicNow() - began > kStopLimit) {
+      for (const HelperChild& helper : helpers) (void)SendSignal(helper.pid, SIGKILL);
+    }
+    if (MonotonicNow() - began > kStopLimit + kStopLimit) {
+      return MachineError("another agent is at work on process {}", pid_.value);
+    }
+    SleepFor(Nanos(1'000'000));
+  }
+}
+
+Result<> Worker::OpenTrackers() {
+  const std::string proc = fmt::format("/proc/{}", pid_.value);
+  UNMOOR_ASSIGN(pagemap_, OpenFile(proc + "/pagemap", O_RDONLY));
+  UNMOOR_ASSIGN(maps_, OpenFile(proc + "/maps", O_RDONLY));
+  UNMOOR_ASSIGN(memory_, OpenFile(proc + "/mem", O_RDONLY));
+  UNMOOR_ASSIGN(tasks_, OpenFile(proc + "/task", O_RDONLY | O_DIRECTORY));
+  UNMOOR_ASSIGN(helper_pagemap_, link_.GiveFd(pagemap_.get()));
+  UNMOOR_ASSIGN(helper_maps_, link_.GiveFd(maps_.get()));
+  UNMOOR_ASSIGN(helper_memory_, link_.GiveFd(memory_.get()));
+  UNMOOR_ASSIGN(helper_tasks_, link_.GiveFd(tasks_.get()));
+  if (old_uffd_.valid()) {
+    // Of this address space already: kept, so that nothing is unwatched in between.
+    uffd_ = std::move(old_uffd_);
+    UNMOOR_ASSIGN(helper_uffd_, link_.GiveFd(uffd_.get()));
+  } else {
+    UNMOOR_ASSIGN(uffd_, CreateUffd(helper_uffd_));
+    UNMOOR_TRY(UffdHandshake(uffd_.get(), UffdEventFeatures()));
+  }
+  UNMOOR_ASSIGN(staging_, CreateUffd(helper_staging_));
+  can_move_ = UffdHandshake(staging_.get(), kernel::kUffdFeatureMove).has_value();
+  return {};
+}
+
+// Made inside the program, since a userfaultfd belongs to the address space of its maker.
+Result<Fd> Worker::CreateUffd(int& helper_fd) {
+  OpList create;
+  create.Syscall(SYS_userfaultfd, {O_CLOEXEC | O_NONBLOCK, 0, 0, 0, 0, 0});
+  UNMOOR_ASSIGN(helper::Reply reply, link_.Run(create));
+  if (reply.error == EPERM || reply.error == ENOSYS) {
+    // The program may not; the device's opener decides, and that is us.
+    UNMOOR_ASSIGN(const Fd device, OpenFile("/dev/userfaultfd", O_RDWR));
+    UNMOOR_ASSIGN(const int helper_device, link_.GiveFd(device.get()));
+    OpList by_device;
+    by_device.Syscall(SYS_ioctl, {static_cast<uint64_t>(helper_device), USERFAULTFD_IOC_NEW,
+                                  O_CLOEXEC | O_NONBLOCK, 0, 0, 0});
+    UNMOOR_ASSIGN(reply, link_.Run(by_device));
+  }
+  if (reply.error != 0) return SystemError(reply.error, "userfaultfd inside the program");
+  helper_fd = static_cast<int>(reply.result);
+  return link_.TakeFd(helper_fd);
+}
+
+void Worker::RememberImages(std::span<const VmaInfo> vmas) {
+  images_.clear();
+  std::ranges::copy_if(vmas, std::back_inserter(images_), MapsPageImage);
+}
+
+Result<> Worker::RegisterAreas(std::span<const VmaInfo> vmas) {
+  for (const VmaInfo& vma : vmas) {
+    if (MapsPageImage(vma)) {
+      UNMOOR_TRY(UffdRegister(uffd_.get(), vma.range, UffdMode::kWriteProtect));
+    }
+  }
+  return {};
+}
+
+Result<> Worker::End() {
+  staging_.Reset();
+  link_.Close();
+  UNMOOR_TRY(WaitForExit(link_.pidfd(), kStopLimit, -1));
+  for (int attempt = 0; !program_ended(); ++attempt) {
+    const auto removed = RemoveTraces();
+    if (removed) break;
+    if (removed.error().errnum() == ESRCH && program_ended()) return {};
+    if (removed.error().errnum() != EAGAIN || attempt == kBorrowAttempts) return removed;
+    SleepFor(Nanos(5'000'000));
+  }
+  uffd_.Reset();
+  SaveProgress(true, "");
+  return {};
+}
+
+Result<> Worker::RemoveTraces() {
+  const auto let_go = [&]() -> Result<> {
+    UNMOOR_TRY(ReadUffdEvent(uffd_.get()));  // nothing is watched any more; nobody may wait
+    return {};
+  };
+  UNMOOR_TRY(stop_.Stop(kStopTogether, let_go));
+  const auto leftovers = FindLeftovers(pid_);
+  const auto removed = leftovers ? RemoveHelperTraces(pid_, stop_.threads(), *leftovers)
+                                 : Result<>(Failure(leftovers.error()));
+  stop_.Release();
+  return removed;
+}
+
+bool Worker::program_ended() const {
+  const auto readable = WaitReadable(pidfd_.get(), Nanos(0));
+  return !readable || *readable;
+}
+
+Result<> Worker::Run() {
+  std::string enabled;
+  if (const auto text = ReadFile("/sys/kernel/mm/transparent_hugepage/enabled")) enabled = *text;
+  const bool huge =
+      options_.thp == ThpPolicy::kAuto && enabled.find("[never]") == std::string::npos;
+  Remapper remapper(*this, options_.max_pause, huge);
+  const auto result = remapper.Run([&](const RemapCounts& counts) {
+    counts_ = counts;
+    if (MonotonicNow() - last_saved_ > kSaveInterval) SaveProgress(false, "");
+  });
+  counts_ = remapper.counts();
+  if (!result && (program_ended() || LeftAddressSpace())) return {};
+  if (!result) SaveProgress(false, result.error().message());
+  return result;
+}
+
+// After an exec the helper is alone in the old address space: there is nothing left to remap.
+bool Worker::LeftAddressSpace() const {
+  const auto vmas = ReadMaps(pid_);
+  return vmas && std::ranges::none_of(*vmas, [&](const VmaInfo& vma) {
+           return vma.range.Contains(link_.helper().region);
+         });
+}
+
+Result<> Worker::Watch(Nanos limit, const std::function<bool()>& stop) {
+  const Nanos began = MonotonicNow();
+  for (int i = 1;
+       !program_ended() && !stop() && (limit.value < 0 || MonotonicNow() - began < limit); ++i) {
+    if (i % kExecCheckEvery == 0 && LeftAddressSpace()) return {};
+    UNMOOR_TRY(WaitReadable(uffd_.get(), Nanos(20'000'000)));
+    stop_.Release();
+    const auto handled = HandleEvents();
+    if (!handled && program_ended()) return {};
+    UNMOOR_TRY(handled);
+  }
+  return {};
+}
+
+RemapReport Worker::report() const {
+  RemapReport report;
+  report.total = counts_.total;
+  report.done = counts_.done;
+  report.dropped = dropped_bytes_;
+  report.windows = counts_.windows;
+  report.aborted = counts_.aborted;
+  report.longest_pause = counts_.longest_pause;
+  report.elapsed = MonotonicNow() - began_;
+  if (report.elapsed.value > 0) {
+    report.copy_rate =
+        static_cast<double>(counts_.done.value) * 1e9 / static_cast<double>(report.elapsed.value);
+  }
+  return report;
+}
+
+void Worker::SaveProgress(bool finished, const std::string& problem) {
+  last_saved_ = MonotonicNow();
+  const ProgressFile progress{pid_, start_time_, OwnPid(), finished, problem, report()};
+  if (const auto saved = WriteProgress(progress); !saved) {
+    spdlog::debug("{}", saved.error().message());
+  }
+}
+
+}  // namespace unmoor

@@ -1,0 +1,170 @@
+// The worker: one process of ours for each address space being remapped. It plans, the helper it
+// put into the program does; it is the Carrier of the batch state machine for programs from
+// outside.
+//
+//   Begin: stop the program, inject the helper, register the direct-mapped VMAs with userfaultfd
+//   (so
+//          that MADV_DONTNEED, munmap, mremap and fork are known before they take effect), let it
+//          go
+//   Run:   the remapper's loop, handling events between its steps
+//   End:   the helper leaves, the program's traces of it are removed
+//
+// Single-threaded (ptrace demands it). Killed at any moment it leaves the program with right
+// memory; the supervisor holds the userfaultfd too, so events then wait for the next worker, which
+// Begins with that descriptor.
+#pragma once
+
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "agent/agent.h"
+#include "agent/helper_link.h"
+#include "agent/progress_file.h"
+#include "base/result.h"
+#include "os/fd.h"
+#include "os/procfs.h"
+#include "os/ptrace.h"
+#include "os/userfaultfd.h"
+#include "remap/remapper.h"
+
+namespace unmoor {
+
+class Worker final : public Carrier {
+ public:
+  // Called with a forked child of the program and the userfaultfd that watches it.
+  using OnFork = std::function<void(Pid child, Fd uffd)>;
+
+  Worker(Pid pid, const AgentOptions& options, OnFork on_fork);
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
+  ~Worker() override = default;
+
+  // `old_uffd`: of an earlier worker or of the fork; may be empty. Leaves the program as it was,
+  // running or stopped by SIGSTOP. False: nothing is direct-mapped and nothing was done.
+  [[nodiscard]] Result<bool> Begin(Fd old_uffd);
+  [[nodiscard]] int uffd() const { return uffd_.get(); }
+  // Remaps everything. Returns early without error when the program ends or calls exec.
+  [[nodiscard]] Result<> Run();
+  // Only keeps the program's memory behaving as anonymous, until `limit` has passed (negative: for
+  // ever), the program has ended, or `stop()` says so.
+  [[nodiscard]] Result<> Watch(Nanos limit, const std::function<bool()>& stop);
+  [[nodiscard]] Result<> End();
+
+  [[nodiscard]] bool program_ended() const;
+  [[nodiscard]] RemapReport report() const;
+
+  // Carrier
+  Result<std::vector<PlannedArea>> Plan() override;
+  Result<bool> HandleEvents() override;
+  const RangeSet& dropped() const override { return dropped_; }
+  Result<std::vector<VaddrRange>> OwnPages(VaddrRange range, bool written_only) override;
+  Result<> Copy(size_t area, std::span<const CopyStep> steps) override;
+  Result<> CopyAgain(size_t area, std::span<const VaddrRange> pages) override;
+  Result<SwapOutcome> Swap(std::span<const Piece> pieces, PageCount dirty_limit) override;
+  void Pause(Nanos time) override;
+
+ private:
+  struct Mirror {
+    Area area;
+    Vaddr base;  // of area.range.begin
+    [[nodiscard]] Vaddr At(Vaddr original) const { return base + (original - area.range.begin); }
+  };
+  using FileId = std::pair<uint64_t, uint64_t>;  // device, inode
+  struct ImageFile {
+    Fd fd;
+    int helper_fd = -1;
+  };
+
+  struct HeldEvents {
+    std::vector<VaddrRange> given_back;
+    std::vector<Vaddr> cut;    // where a munmap may have shortened a VMA
+    std::vector<Vaddr> moved;  // where a moved VMA ended before it grew
+  };
+
+  [[nodiscard]] bool AnotherWorkerIsAlive() const;
+  [[nodiscard]] Result<> StopAndInject();
+  [[nodiscard]] Result<> InjectStopped();
+  [[nodiscard]] Result<> RemoveTraces();
+  [[nodiscard]] Result<PlannedArea> PlanArea(Area area);
+  [[nodiscard]] Result<> KnowChildren();
+  [[nodiscard]] Result<> StopAndRead(HeldEvents& events, bool& changed);
+  void AddSwapFailed(OpList& ops, const Piece& piece) const;
+  [[nodiscard]] Result<> WaitForEarlierHelpers() const;
+  [[nodiscard]] Result<> OpenTrackers();
+  [[nodiscard]] Result<Fd> CreateUffd(int& helper_fd);
+  [[nodiscard]] bool LeftAddressSpace() const;
+  [[nodiscard]] Result<std::vector<PlannedArea>> PlanOnce();
+  void RememberImages(std::span<const VmaInfo> vmas);
+  [[nodiscard]] Result<> RegisterAreas(std::span<const VmaInfo> vmas);
+  [[nodiscard]] Result<const Mirror*> MirrorFor(const Area& area);
+  [[nodiscard]] const Mirror& MirrorOf(size_t area) const;
+  [[nodiscard]] Result<ImageFile*> FileOf(const Area& area);
+  [[nodiscard]] Result<Vaddr> MapOwned(Bytes length, uint64_t congruent_to, bool no_reserve);
+  [[nodiscard]] Result<> EnsureScratch();
+  [[nodiscard]] Result<> RunCopies(const OpList& ops);
+  void AddHugeBlock(OpList& ops, const Area& area, const Mirror& mirror, int file,
+                    const CopyStep& step) const;
+  void AddPages(OpList& ops, const Area& area, const Mirror& mirror, int file,
+                const BlockContent& content) const;
+  void AddOwnPages(OpList& ops, const Area& area, Vaddr to, VaddrRange pages) const;
+  [[nodiscard]] Result<bool> AddChecks(OpList& ops, const Piece& piece) const;
+  void AddSwap(OpList& ops, const Piece& piece) const;
+
+  [[nodiscard]] Result<> HandleEventsStopped(bool& changed);
+  [[nodiscard]] Result<> HoldProgram(bool& changed);
+  [[nodiscard]] Result<> ReleaseProgram();
+  [[nodiscard]] Result<> DropWhatIsGivenBack(const ThreadCalls& calls);
+  [[nodiscard]] Result<SwapOutcome> SwapInWindow(std::span<const Piece> pieces,
+                                                 PageCount dirty_limit);
+  void NoteEvent(UffdEvent& event, bool& changed);
+  [[nodiscard]] bool MayCopyGivenBack(VaddrRange range) const;
+  [[nodiscard]] Result<> Drop(VaddrRange range);
+  [[nodiscard]] Result<> ZeroGrowth(Vaddr old_end);
+  [[nodiscard]] Result<> ConvertShortened(Vaddr end);
+  [[nodiscard]] Result<> ConvertHeld(size_t area);
+  [[nodiscard]] Result<> DropImagePart(VaddrRange part, int prot);
+  void FindForkedChild(Fd uffd);
+  [[nodiscard]] bool IsKnownImage(const VmaInfo& vma) const;
+  [[nodiscard]] Result<> CheckNoPinnedMemory();
+  void SaveProgress(bool finished, const std::string& problem);
+
+  Pid pid_;
+  ProgramStop stop_;
+  AgentOptions options_;
+  OnFork on_fork_;
+  uint64_t start_time_ = 0;
+  bool nested_ = false;  // in a PID namespace below ours
+  Nanos began_;
+  Fd pidfd_;
+  Fd pagemap_;
+  Fd maps_;
+  Fd memory_;
+  Fd tasks_;
+  int helper_pagemap_ = -1, helper_maps_ = -1, helper_memory_ = -1, helper_tasks_ = -1;
+  HelperLink link_;
+  Fd old_uffd_;  // held until ours watches
+  std::vector<VaddrRange> given_back_;
+  Fd uffd_;  // events and write tracking
+  int helper_uffd_ = -1;
+  Fd staging_;  // UFFDIO_MOVE into mirrors
+  int helper_staging_ = -1;
+  bool can_move_ = false;
+  Vaddr scratch_;
+  std::vector<VaddrRange> owned_;
+  std::map<FileId, ImageFile> files_;
+  std::vector<VmaInfo> images_;  // the VMAs that map images, as last read, with their flags
+  std::vector<Mirror> mirrors_;
+  std::vector<PlannedArea> areas_;
+  RangeSet dropped_;
+  Bytes dropped_bytes_;
+  std::set<int> known_children_;
+  bool stale_ = false;
+  int busy_in_a_row_ = 0;
+  RemapCounts counts_;
+  Nanos last_saved_;
+  Nanos last_pin_check_;
+};
+
+}  // namespace unmoor

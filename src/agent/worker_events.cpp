@@ -1,0 +1,319 @@
+// The worker between a program and the kernel: what fork, mremap, munmap and MADV_DONTNEED of
+// direct- mapped memory must do for the program to see anonymous memory. See worker.h.
+//
+// A thread that causes an event sleeps in its system call until the event is read. Wherever its
+// effect can be made before that, it is; otherwise all threads are held first.
+#include "agent/worker.h"
+
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <csignal>
+#include <cstdlib>
+
+#include "agent/page_image.h"
+#include "agent/worker_ops.h"
+#include "base/fault_point.h"
+#include "base/log.h"
+#include "os/file.h"
+#include "os/kernel_abi.h"
+#include "os/pagemap.h"
+#include "os/process_control.h"
+#include "os/procfs.h"
+#include "os/remote_memory.h"
+#include "os/userfaultfd.h"
+
+namespace unmoor {
+namespace {
+
+constexpr Bytes kConvertAtOnce(uint64_t{32} << 20);
+constexpr Bytes kHeapReach(uint64_t{1} << 40);
+constexpr Nanos kHoldLimit(100'000'000);
+constexpr int kEventsAtOnce = 16;
+
+bool GivesMemoryBack(const BlockedCall& call) {
+  constexpr uint64_t kDontNeed = 4, kFree = 8, kDontNeedLocked = 24;
+  return call.number == SYS_madvise &&
+         (call.args[2] == kDontNeed || call.args[2] == kFree || call.args[2] == kDontNeedLocked);
+}
+
+// Whether the mremap that moved `range` leaves it mapped, and empty (MREMAP_DONTUNMAP).
+bool KeepsOldMapping(const ThreadCalls& calls, VaddrRange range) {
+  constexpr uint64_t kDontUnmap = 4;
+  return std::ranges::any_of(calls.blocked, [&](const BlockedCall& call) {
+    return call.number == SYS_mremap && call.args[0] == range.begin.value &&
+           (call.args[3] & kDontUnmap) != 0;
+  });
+}
+
+bool Forks(const BlockedCall& call) {
+  return call.number == SYS_fork || call.number == SYS_clone || call.number == SYS_clone3;
+}
+
+}  // namespace
+
+Result<bool> Worker::HandleEvents() {
+  bool changed = std::exchange(stale_, false);
+  // Bounded: threads that give memory back without pause always have the next event ready.
+  for (int i = 0; i < kEventsAtOnce; ++i) {
+    UNMOOR_ASSIGN(const bool waiting, WaitReadable(uffd_.get(), Nanos(0)));
+    if (!waiting) return changed;
+    UNMOOR_ASSIGN(const ThreadCalls calls, ReadThreadCalls(pid_));
+    // Before an event is read its thread still sleeps inside its system call, so what it asked for
+    // can be made true first: killing us at any point leaves either the old state and the thread
+    // waiting, or the new state.
+    bool again = false;
+    for (const BlockedCall& call : calls.blocked) {
+      if (!GivesMemoryBack(call)) continue;
+      const uint64_t length = AlignUp(call.args[1], kPageSize);
+      const VaddrRange range{Vaddr(call.args[0]), Vaddr(call.args[0] + length)};
+      again = again || MayCopyGivenBack(range);
+      UNMOOR_TRY(Drop(range));
+    }
+    // With more than one thread, the event may be one's whose call we have not seen yet.
+    const bool known = calls.threads == 1 && calls.blocked.size() == 1 && !again &&
+                       (GivesMemoryBack(calls.blocked.front()) || Forks(calls.blocked.front()));
+    if (!known) {
+      const auto handled = HandleEventsStopped(changed);
+      // A thread in a long vfork or disk transfer: the events wait, the other threads go on.
+      if (!handled && handled.error().errnum() == EAGAIN) return changed;
+      UNMOOR_TRY(handled);
+      continue;
+    }
+    UNMOOR_TRY(KnowChildren());
+    UNMOOR_ASSIGN(auto event, ReadUffdEvent(uffd_.get()));
+    if (event) NoteEvent(*event, changed);
+  }
+  return changed;
+}
+
+Result<> Worker::HandleEventsStopped(bool& changed) {
+  const auto held = HoldProgram(changed);
+  UNMOOR_TRY(ReleaseProgram());
+  return held;
+}
+
+// Every thread stopped, every event read. With every thread asked to stop before an event is read,
+// its thread gets no further than the end of its system call. Also after an error the caller must
+// release.
+Result<> Worker::HoldProgram(bool& changed) {
+  HeldEvents events;
+  const auto stopped = StopAndRead(events, changed);
+  // Whatever went wrong, what the events said happens before anybody runs.
+  for (const VaddrRange range : events.given_back) UNMOOR_TRY(Drop(range));
+  for (const Vaddr end : events.moved) UNMOOR_TRY(ZeroGrowth(end));
+  for (const Vaddr end : events.cut) UNMOOR_TRY(ConvertShortened(end));
+  return stopped;
+}
+
+Result<> Worker::StopAndRead(HeldEvents& events, bool& changed) {
+  const Nanos began = MonotonicNow();
+  for (;;) {
+    OpList hold;
+    hold.Hold(helper_tasks_, Nanos(30'000), nested_);
+    UNMOOR_ASSIGN(const int64_t late, link_.Must(hold, "cannot stop the program's threads"));
+    if (late == 0) return {};
+    UNMOOR_ASSIGN(const bool waiting, WaitReadable(uffd_.get(), Nanos(0)));
+    if (!waiting && MonotonicNow() - began > kHoldLimit) {
+      return Failure(Error(ErrorKind::kMachine, EAGAIN,
+                           fmt::format("a thread of process {} does not stop", pid_.value)));
+    }
+    if (!waiting) continue;
+    UNMOOR_ASSIGN(const ThreadCalls calls, ReadThreadCalls(pid_));
+    // As in HandleEvents: what is true before the event is read stays true if we are killed now.
+    UNMOOR_TRY(DropWhatIsGivenBack(calls));
+    UNMOOR_TRY(KnowChildren());
+    UNMOOR_ASSIGN(auto event, ReadUffdEvent(uffd_.get()));
+    if (!event) continue;
+    if (event->kind == UffdEvent::Kind::kRemove ||
+        (event->kind == UffdEvent::Kind::kRemap && KeepsOldMapping(calls, event->range))) {
+      events.given_back.push_back(event->range);
+    }
+    if (event->kind == UffdEvent::Kind::kUnmap) events.cut.push_back(event->range.begin);
+    if (event->kind == UffdEvent::Kind::kRemap) {
+      events.moved.push_back(event->to + event->range.size());
+    }
+    NoteEvent(*event, changed);
+  }
+}
+
+Result<> Worker::DropWhatIsGivenBack(const ThreadCalls& calls) {
+  for (const BlockedCall& call : calls.blocked) {
+    if (!GivesMemoryBack(call)) continue;
+    const uint64_t length = AlignUp(call.args[1], kPageSize);
+    UNMOOR_TRY(Drop({Vaddr(call.args[0]), Vaddr(call.args[0] + length)}));
+  }
+  return {};
+}
+
+// No effect when the window has released them already.
+Result<> Worker::ReleaseProgram() {
+  OpList thaw;
+  thaw.Thaw();
+  UNMOOR_TRY(link_.Must(thaw, "cannot release the program's threads"));
+  return {};
+}
+
+void Worker::NoteEvent(UffdEvent& event, bool& changed) {
+  if (event.kind == UffdEvent::Kind::kFork) FindForkedChild(std::move(event.child));
+  if (event.kind == UffdEvent::Kind::kUnmap || event.kind == UffdEvent::Kind::kRemap) {
+    dropped_.Erase(event.range);
+    changed = true;
+  }
+}
+
+// Whether `range` is being remapped and was given back before: what the program wrote there since
+// is emptied by its thread some time after the event is read, and a copy taken until then would
+// come back to life with the swap. An image is replaced before the event is read and has no such
+// moment.
+bool Worker::MayCopyGivenBack(VaddrRange range) const {
+  return std::ranges::any_of(mirrors_, [&](const Mirror& mirror) {
+    return dropped_.SizeWithin(mirror.area.range.Intersect(range)).value != 0;
+  });
+}
+
+// Makes `range` what MADV_DONTNEED makes of anonymous memory, wherever it still maps an image, and
+// forgets what was copied of it.
+Result<> Worker::Drop(VaddrRange range) {
+  if (range.empty()) return {};
+  for (Vaddr at = range.begin; at < range.end;) {
+    UNMOOR_ASSIGN(const auto vma, QueryVma(maps_.get(), at));
+    if (!vma || vma->range.begin >= range.end) break;
+    const VaddrRange part = vma->range.Intersect({std::max(at, vma->range.begin), range.end});
+    if (IsKnownImage(*vma)) UNMOOR_TRY(DropImagePart(part, vma->prot));
+    at = vma->range.end;
+  }
+  OpList forget;
+  for (const Mirror& mirror : mirrors_) {
+    const VaddrRange part = mirror.area.range.Intersect(range);
+    if (part.empty()) continue;
+    AddAdvice(forget, {mirror.At(part.begin), mirror.At(part.end)}, MADV_DONTNEED);
+  }
+  if (forget.size() > 0) UNMOOR_TRY(link_.Must(forget, "cannot clear staging memory"));
+  return {};
+}
+
+Result<> Worker::DropImagePart(VaddrRange part, int prot) {
+  const auto wish = std::ranges::find_if(
+      images_, [&](const VmaInfo& vma) { return vma.range.Contains(part.begin); });
+  const auto wished = [&](const char* flag) {
+    return wish != images_.end() && wish->HasFlag(flag);
+  };
+  UNMOOR_TRY(UffdUnregister(uffd_.get(), part));
+  OpList ops;
+  ops.Syscall(SYS_mmap, {part.begin.value, part.size().value, static_cast<uint64_t>(prot),
+                         static_cast<uint64_t>(MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED |
+                                               (wished("nr") ? MAP_NORESERVE : 0)),
+                         ~uint64_t{0}, 0});
+  for (const FlagAdvice& f : kFlagAdvice) {
+    if (wished(f.flag)) AddAdvice(ops, part, f.advice);
+  }
+  const auto replaced = link_.Must(ops, "cannot give memory back inside the program");
+  UNMOOR_TRY(UffdRegister(uffd_.get(), part, UffdMode::kWriteProtect));
+  UNMOOR_TRY(replaced);
+  dropped_.Insert(part);
+  dropped_bytes_ += part.size();
+  return {};
+}
+
+// A VMA that grew while it moved shows what follows in its file. Behind an extent that is a hole,
+// but not where the VMA had been shortened before: that is overwritten, since giving it back would
+// cut the VMA in two and the program's next mremap of it would fail.
+Result<> Worker::ZeroGrowth(Vaddr old_end) {
+  UNMOOR_ASSIGN(const auto vma, QueryVma(maps_.get(), old_end));
+  if (!vma || vma->range.begin >= old_end || !IsKnownImage(*vma)) return {};
+  Area area;
+  area.inode = vma->inode;
+  area.dev_major = vma->dev_major;
+  area.dev_minor = vma->dev_minor;
+  area.file_vma = vma->range;
+  UNMOOR_ASSIGN(const ImageFile* file, FileOf(area));
+  const auto offset = [&](Vaddr at) { return vma->offset + (at - vma->range.begin); };
+  UNMOOR_ASSIGN(
+      const std::vector<FileRange> data,
+      DataRanges(file->fd.get(), {offset(old_end), offset(vma->range.end)}, "page image"));
+  const std::vector<std::byte> zeros(size_t{1} << 20);
+  for (const FileRange& range : data) {
+    for (FileOffset at = range.begin; at < range.end;) {
+      const auto part = std::span(zeros).first(std::min(zeros.size(), (range.end - at).value));
+      UNMOOR_TRY(ForceWriteMemory(pid_, vma->range.begin + (at - vma->offset), part));
+      at = at + Bytes(part.size());
+    }
+  }
+  return {};
+}
+
+// A shortened VMA that grew again in place would show its file's old bytes, and no event tells of
+// such growth. So it becomes anonymous at once, while its program is held; of a large one only the
+// last page, which makes growing it fail (EFAULT) until the remap gets there.
+Result<> Worker::ConvertShortened(Vaddr end) {
+  UNMOOR_ASSIGN(const auto below, QueryVma(maps_.get(), end - Bytes(kPageSize)));
+  if (!below || below->range.end != end || !IsKnownImage(*below)) return {};
+  UNMOOR_ASSIGN(const ProcessInfo process, ReadProcess(pid_));
+  if (VaddrRange{process.start_brk, process.start_brk + kHeapReach}.Contains(below->range.begin)) {
+    return {};  // grows by brk, which makes anonymous memory
+  }
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid_));
+  for (Area& area : FindAreas(vmas, MapsPageImage, dropped_)) {
+    if (area.range.end != end) continue;
+    if (area.range.size() > kConvertAtOnce) {
+      area.offset = area.OffsetOf(end - Bytes(kPageSize)).value;
+      area.range.begin = end - Bytes(kPageSize);
+    }
+    UNMOOR_ASSIGN(PlannedArea planned, PlanArea(std::move(area)));
+    areas_.push_back(std::move(planned));
+    const auto converted = ConvertHeld(areas_.size() - 1);
+    areas_.pop_back();
+    return converted;
+  }
+  return {};
+}
+
+Result<> Worker::ConvertHeld(size_t index) {
+  const VaddrRange range = areas_[index].area.range;
+  UNMOOR_ASSIGN(const std::vector<VaddrRange> own_ranges, OwnPages(range, false));
+  RangeSet own;
+  for (const VaddrRange part : own_ranges) own.Insert(part);
+  std::vector<CopyStep> steps;
+  for (const VaddrRange block : CutIntoBlocks(range)) {
+    steps.push_back({block, ContentOf(block, areas_[index].image_data, own, dropped_), false});
+  }
+  UNMOOR_TRY(Copy(index, steps));
+  OpList ops;
+  AddSwap(ops, {index, range});
+  UNMOOR_TRY(link_.Must(ops, "cannot make a shortened mapping anonymous"));
+  dropped_.Erase(range);
+  return {};
+}
+
+// The parent sleeps in fork until its event is read, and only then its child appears: whoever was
+// there before is not it. (posix_spawn and vfork make children without an event.)
+Result<> Worker::KnowChildren() {
+  UNMOOR_ASSIGN(const std::vector<Pid> children, ReadChildren(pid_));
+  for (const Pid child : children) known_children_.insert(child.value);
+  return {};
+}
+
+void Worker::FindForkedChild(Fd uffd) {
+  constexpr Nanos kLimit(100'000'000);
+  const Nanos began = MonotonicNow();
+  while (MonotonicNow() - began < kLimit) {
+    const auto children = ReadChildren(pid_);
+    if (!children) return;
+    for (const Pid child : *children) {
+      if (known_children_.contains(child.value)) continue;
+      const auto vmas = ReadMaps(child);
+      if (!vmas || std::ranges::none_of(*vmas, MapsPageImage)) continue;
+      known_children_.insert(child.value);
+      if (on_fork_) on_fork_(child, std::move(uffd));
+      return;
+    }
+    SleepFor(Nanos(50'000));
+  }
+}
+
+}  // namespace unmoor

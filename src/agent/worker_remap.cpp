@@ -1,0 +1,486 @@
+// The worker as Carrier of the batch state machine: plans, mirrors, copies, windows. See worker.h
+// and remap/remapper.h.
+#include "agent/worker.h"
+
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <csignal>
+#include <cstdlib>
+
+#include "agent/page_image.h"
+#include "agent/worker_ops.h"
+#include "base/fault_point.h"
+#include "base/log.h"
+#include "os/file.h"
+#include "os/kernel_abi.h"
+#include "os/pagemap.h"
+#include "os/process_control.h"
+#include "os/procfs.h"
+#include "os/remote_memory.h"
+#include "os/userfaultfd.h"
+
+namespace unmoor {
+
+void AddAdvice(OpList& ops, VaddrRange range, int advice) {
+  ops.Syscall(SYS_madvise,
+              {range.begin.value, range.size().value, static_cast<uint64_t>(advice), 0, 0, 0});
+}
+
+namespace {
+
+constexpr size_t kSpareMaps = 128;  // what the remap may need for itself
+constexpr Nanos kPinCheckInterval(50'000'000);
+constexpr int kPlanAttempts = 1000;
+constexpr int kBusyBeforeHold = 2;
+constexpr int kAdviceCollapse = 25;
+// Where helpers' memory goes: far from where programs and the kernel put theirs.
+constexpr uint64_t kLowestOwned = uint64_t{1} << 44;
+constexpr uint64_t kHighestOwned = uint64_t{1} << 46;
+
+uint64_t ToDevice(uint32_t major, uint32_t minor) {
+  return uint64_t{major} << 32 | minor;
+}
+
+size_t MaxMapCount() {
+  const auto text = ReadFile("/proc/sys/vm/max_map_count");
+  return text ? std::strtoul(text->c_str(), nullptr, 10) : 65530;
+}
+
+}  // namespace
+
+Result<std::vector<Carrier::PlannedArea>> Worker::Plan() {
+  stop_.Release();
+  UNMOOR_TRY(CheckNoPinnedMemory());
+  for (int attempt = 0;; ++attempt) {
+    auto planned = PlanOnce();
+    if (planned) return planned;
+    // The program runs: what was read a moment ago may be unmapped or mapped over by now.
+    const int errnum = planned.error().errnum();
+    const bool changed_meanwhile = errnum == EINVAL || errnum == ENOENT;
+    if (!changed_meanwhile || attempt == kPlanAttempts || program_ended()) return planned;
+    UNMOOR_TRY(HandleEvents());
+  }
+}
+
+Result<std::vector<Carrier::PlannedArea>> Worker::PlanOnce() {
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid_));
+  RememberImages(vmas);
+  if (vmas.size() + kSpareMaps > MaxMapCount()) {
+    return Failure(Error(ErrorKind::kMachine, ENOMEM,
+                         fmt::format("the program has {} of the {} mappings it may have; raise "
+                                     "vm.max_map_count",
+                                     vmas.size(), MaxMapCount())));
+  }
+  UNMOOR_TRY(RegisterAreas(vmas));
+  areas_.clear();
+  for (Area& area : FindAreas(vmas, MapsPageImage, dropped_)) {
+    UNMOOR_ASSIGN(PlannedArea planned, PlanArea(std::move(area)));
+    areas_.push_back(std::move(planned));
+  }
+  stale_ = false;
+  return areas_;
+}
+
+Result<Carrier::PlannedArea> Worker::PlanArea(Area area) {
+  UNMOOR_ASSIGN(const ImageFile* file, FileOf(area));
+  UNMOOR_TRY(MirrorFor(area));
+  const FileOffset begin(
+      static_cast<uint64_t>(std::max<int64_t>(0, static_cast<int64_t>(area.offset))));
+  UNMOOR_ASSIGN(const std::vector<FileRange> data,
+                DataRanges(file->fd.get(), {begin, area.OffsetOf(area.range.end)}, "page image"));
+  PlannedArea planned{std::move(area), {}};
+  for (const FileRange& range : data) {
+    const auto at = [&](FileOffset offset) {
+      return planned.area.range.begin + Bytes(offset.value - planned.area.offset);
+    };
+    planned.image_data.Insert({at(range.begin), at(range.end)});
+  }
+  return planned;
+}
+
+// Memory that devices or the kernel write to behind the page tables cannot be moved safely, and
+// nothing tells which it is; so a program with asynchronous I/O set up is left alone.
+Result<> Worker::CheckNoPinnedMemory() {
+  last_pin_check_ = MonotonicNow();
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid_));
+  for (const VmaInfo& vma : vmas) {
+    if (vma.name.starts_with("/[aio]")) {
+      return Failure(Error(ErrorKind::kMachine, EBUSY,
+                           "the program uses Linux AIO, whose buffers must not move; close it"));
+    }
+  }
+  const std::string directory = fmt::format("/proc/{}/fd", pid_.value);
+  UNMOOR_ASSIGN(const std::vector<std::string> fds, ListDirectory(directory));
+  for (const std::string& fd : fds) {
+    const auto target = ReadLink(directory + "/" + fd);
+    if (target && *target == "anon_inode:[io_uring]") {
+      return Failure(Error(ErrorKind::kMachine, EBUSY,
+                           "the program uses io_uring, whose buffers must not move; close it"));
+    }
+  }
+  return {};
+}
+
+Result<Worker::ImageFile*> Worker::FileOf(const Area& area) {
+  ImageFile& file = files_[{ToDevice(area.dev_major, area.dev_minor), area.inode}];
+  if (!file.fd.valid()) {
+    UNMOOR_ASSIGN(file.fd, OpenFile(fmt::format("/proc/{}/map_files/{:x}-{:x}", pid_.value,
+                                                area.file_vma.begin.value, area.file_vma.end.value),
+                                    O_RDONLY));
+    UNMOOR_ASSIGN(file.helper_fd, link_.GiveFd(file.fd.get()));
+  }
+  return &file;
+}
+
+// A hole of the program's address space, mapped for us and recorded as ours.
+Result<Vaddr> Worker::MapOwned(Bytes length, uint64_t congruent_to, bool no_reserve) {
+  if (owned_.size() == helper::kMaxOwned) return MachineError("too many separate areas to remap");
+  for (int attempt = 0; attempt < 16; ++attempt) {
+    UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid_));
+    const uint64_t remainder = congruent_to % kHugePageSize;
+    uint64_t at = kLowestOwned + remainder;
+    for (const VmaInfo& vma : vmas) {
+      if (vma.range.end.value <= at) continue;
+      if (vma.range.begin.value >= at + length.value) break;
+      at = AlignUp(vma.range.end.value, kHugePageSize) + kHugePageSize + remainder;
+    }
+    if (at + length.value > kHighestOwned) return MachineError("no room in the address space");
+    OpList map;
+    map.Syscall(SYS_mmap, {at, length.value, PROT_READ | PROT_WRITE,
+                           static_cast<uint64_t>(MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE |
+                                                 (no_reserve ? MAP_NORESERVE : 0)),
+                           ~uint64_t{0}, 0});
+    UNMOOR_ASSIGN(const helper::Reply reply, link_.Run(map));
+    if (reply.error == EEXIST) continue;  // the program was quicker
+    if (reply.error != 0) {
+      return SystemError(reply.error, fmt::format("no memory for {} of staging inside the program",
+                                                  HumanBytes(length)));
+    }
+    const Vaddr base(at);
+    owned_.push_back({base, base + length});
+    const helper::OwnedRange record{at, length.value};
+    const uint64_t count = owned_.size();
+    const Vaddr data = link_.helper().region + Bytes(helper::kCodeSize);
+    // Through the helper: the program may have called exec and be another by now.
+    const Pid carrier = link_.helper().pid;
+    UNMOOR_TRY(WriteMemory(
+        carrier, data + Bytes(offsetof(helper::Data, owned) + (count - 1) * sizeof(record)),
+        std::as_bytes(std::span(&record, 1))));
+    UNMOOR_TRY(WriteMemory(carrier, data + Bytes(offsetof(helper::Data, owned_count)),
+                           std::as_bytes(std::span(&count, 1))));
+    OpList keep;
+    AddAdvice(keep, owned_.back(), MADV_DONTFORK);
+    UNMOOR_TRY(link_.Must(keep, "madvise(MADV_DONTFORK) inside the program"));
+    return base;
+  }
+  return MachineError("the program keeps taking the address space meant for staging");
+}
+
+// One mirror for each area, kept as long as the area lasts: pages moved from one mirror to one area
+// are one VMA afterwards.
+Result<const Worker::Mirror*> Worker::MirrorFor(const Area& area) {
+  for (const Mirror& mirror : mirrors_) {
+    if (mirror.area.range.Contains(area.range) && mirror.area.inode == area.inode &&
+        mirror.area.prot == area.prot &&
+        mirror.area.OffsetOf(area.range.begin).value == area.offset) {
+      return &mirror;
+    }
+  }
+  UNMOOR_ASSIGN(const Vaddr base,
+                MapOwned(area.range.size(), area.range.begin.value, area.HasFlag("nr")));
+  // Touching its first page gives the whole mirror one anon_vma before it is ever split; without
+  // that the pieces could not join again.
+  OpList prepare;
+  const Vaddr data = link_.helper().region + Bytes(helper::kCodeSize);
+  prepare.Copy(base, {data, data + Bytes(8)});
+  AddAdvice(prepare, {base, base + std::min(area.range.size(), Bytes(kHugePageSize))},
+            MADV_DONTNEED);
+  for (const FlagAdvice& f : kFlagAdvice) {
+    if (f.advice != MADV_DONTFORK && area.HasFlag(f.flag)) {
+      AddAdvice(prepare, {base, base + area.range.size()}, f.advice);
+    }
+  }
+  UNMOOR_TRY(link_.Must(prepare, "cannot prepare staging memory"));
+  mirrors_.push_back({area, base});
+  return &mirrors_.back();
+}
+
+const Worker::Mirror& Worker::MirrorOf(size_t index) const {
+  const Area& area = areas_[index].area;
+  const auto it = std::ranges::find_if(mirrors_, [&](const Mirror& mirror) {
+    return mirror.area.range.Contains(area.range) && mirror.area.inode == area.inode &&
+           mirror.area.prot == area.prot &&
+           mirror.area.OffsetOf(area.range.begin).value == area.offset;
+  });
+  UNMOOR_CHECK(it != mirrors_.end());
+  return *it;
+}
+
+Result<std::vector<VaddrRange>> Worker::OwnPages(VaddrRange range, bool written_only) {
+  auto pages = ScanPages(pagemap_.get(), range,
+                         written_only ? PageQuery::kOwnWritten : PageQuery::kOwn, true);
+  if (!pages) {
+    if (program_ended()) return Failure(pages.error());
+    stale_ = true;  // part of the range is no longer what was registered
+    return std::vector<VaddrRange>();
+  }
+  return pages;
+}
+
+Result<> Worker::EnsureScratch() {
+  if (scratch_.value != 0) return {};
+  UNMOOR_ASSIGN(scratch_, MapOwned(Bytes(kHugePageSize), 0, false));
+  OpList advise;
+  AddAdvice(advise, {scratch_, scratch_ + Bytes(kHugePageSize)}, MADV_HUGEPAGE);
+  UNMOOR_TRY(link_.Must(advise, "madvise(MADV_HUGEPAGE) inside the program"));
+  return {};
+}
+
+Result<> Worker::Copy(size_t index, std::span<const CopyStep> steps) {
+  const Area& area = areas_[index].area;
+  const Mirror& mirror = MirrorOf(index);
+  UNMOOR_ASSIGN(const ImageFile* file, FileOf(area));
+  OpList ops;
+  // A block copied before and given back, or of an earlier plan, starts afresh.
+  AddAdvice(ops, {mirror.At(steps.front().block.begin), mirror.At(steps.back().block.end)},
+            MADV_DONTNEED);
+  UNMOOR_TRY(RunCopies(ops));
+  ops.clear();
+  VaddrRange huge_span;
+  for (const CopyStep& step : steps) {
+    if (!step.huge) continue;
+    if (huge_span.empty()) huge_span.begin = step.block.begin;
+    huge_span.end = step.block.end;
+    UNMOOR_TRY(EnsureScratch());
+    AddHugeBlock(ops, area, mirror, file->helper_fd, step);
+  }
+  if (!huge_span.empty()) {
+    const VaddrRange staging{mirror.At(huge_span.begin), mirror.At(huge_span.end)};
+    if (can_move_) UNMOOR_TRY(UffdRegister(staging_.get(), staging, UffdMode::kMissing));
+    const auto copied = RunCopies(ops);
+    if (can_move_) UNMOOR_TRY(UffdUnregister(staging_.get(), staging));
+    UNMOOR_TRY(copied);
+    ops.clear();
+  }
+  for (const CopyStep& step : steps) {
+    if (!step.huge) AddPages(ops, area, mirror, file->helper_fd, step.content);
+  }
+  return RunCopies(ops);
+}
+
+// A whole block by way of the scratch block (UFFDIO_MOVE gives its huge page away); without
+// UFFDIO_MOVE by collapsing the block in the mirror first.
+void Worker::AddHugeBlock(OpList& ops, const Area& area, const Mirror& mirror, int file,
+                          const CopyStep& step) const {
+  const Vaddr target = mirror.At(step.block.begin);
+  const Vaddr at = can_move_ ? scratch_ : target;
+  if (!can_move_) {
+    const Vaddr data = link_.helper().region + Bytes(helper::kCodeSize);
+    ops.Copy(target, {data, data + Bytes(8)});
+    ops.Syscall(SYS_madvise, {target.value, kHugePageSize, kAdviceCollapse, 0, 0, 0}, true);
+  }
+  for (const VaddrRange pages : step.content.image) {
+    ops.Pread(file, at + (pages.begin - step.block.begin), pages.size(),
+              area.OffsetOf(pages.begin));
+  }
+  for (const VaddrRange pages : step.content.own) {
+    AddOwnPages(ops, area, at + (pages.begin - step.block.begin), pages);
+  }
+  if (can_move_) ops.Move(helper_staging_, target, scratch_, Bytes(kHugePageSize));
+}
+
+void Worker::AddPages(OpList& ops, const Area& area, const Mirror& mirror, int file,
+                      const BlockContent& content) const {
+  for (const VaddrRange pages : content.image) {
+    ops.Pread(file, mirror.At(pages.begin), pages.size(), area.OffsetOf(pages.begin));
+  }
+  for (const VaddrRange pages : content.own) {
+    AddOwnPages(ops, area, mirror.At(pages.begin), pages);
+  }
+}
+
+void Worker::AddOwnPages(OpList& ops, const Area& area, Vaddr to, VaddrRange pages) const {
+  if ((area.prot & PROT_READ) != 0) {
+    ops.Copy(to, pages);
+  } else {
+    ops.Pread(helper_memory_, to, pages.size(), FileOffset(pages.begin.value));
+  }
+}
+
+Result<> Worker::RunCopies(const OpList& ops) {
+  if (ops.size() == 0) return {};
+  UNMOOR_ASSIGN(const helper::Reply reply, link_.Run(ops));
+  switch (reply.error) {
+    case 0:
+      return {};
+    case EFAULT:
+      stale_ = true;  // unmapped or made unreadable meanwhile
+      return {};
+    case ENODATA:
+      return MachineError("the page image is shorter than it was when it was mapped");
+    default:
+      return SystemError(reply.error, "cannot copy pages inside the program");
+  }
+}
+
+Result<> Worker::CopyAgain(size_t index, std::span<const VaddrRange> pages) {
+  const Mirror& mirror = MirrorOf(index);
+  OpList ops;
+  for (const VaddrRange range : pages) {
+    AddOwnPages(ops, areas_[index].area, mirror.At(range.begin), range);
+  }
+  return RunCopies(ops);
+}
+
+bool Worker::IsKnownImage(const VmaInfo& vma) const {
+  return vma.inode != 0 && !vma.shared && std::ranges::any_of(images_, [&](const VmaInfo& image) {
+           return image.inode == vma.inode && image.dev_major == vma.dev_major &&
+                  image.dev_minor == vma.dev_minor;
+         });
+}
+
+// What the window must find unchanged. False when it is not what was planned already.
+Result<bool> Worker::AddChecks(OpList& ops, const Piece& piece) const {
+  const Area& area = areas_[piece.area].area;
+  for (Vaddr at = piece.range.begin; at < piece.range.end;) {
+    UNMOOR_ASSIGN(const auto vma, QueryVma(maps_.get(), at));
+    if (!vma || vma->range.begin > at || vma->shared || vma->prot != area.prot) return false;
+    const VaddrRange part = vma->range.Intersect({at, piece.range.end});
+    const uint64_t offset = area.OffsetOf(at).value;
+    if (vma->inode == 0) {
+      if (dropped_.SizeWithin(part) != part.size()) return false;
+    } else if (vma->inode != area.inode ||
+               (vma->offset + (at - vma->range.begin)).value != offset) {
+      return false;
+    }
+    ops.CheckVma(helper_maps_, part, area.prot, vma->inode, offset, vma->dev_major, vma->dev_minor);
+    at = part.end;
+  }
+  return true;
+}
+
+void Worker::AddSwap(OpList& ops, const Piece& piece) const {
+  const Area& area = areas_[piece.area].area;
+  const Vaddr mirror = MirrorOf(piece.area).At(piece.range.begin);
+  const uint64_t length = piece.range.size().value;
+  // Unregistered first: the swap would otherwise wait for somebody to read its event.
+  ops.Ioctl(helper_uffd_, UFFDIO_UNREGISTER, {piece.range.begin.value, length, 0, 0, 0});
+  if (!area.HasFlag("dc")) {
+    AddAdvice(ops, {mirror, mirror + piece.range.size()}, MADV_DOFORK);
+  }
+  if (area.prot != (PROT_READ | PROT_WRITE)) {
+    ops.Syscall(SYS_mprotect, {mirror.value, length, static_cast<uint64_t>(area.prot), 0, 0, 0});
+  }
+  // DONTUNMAP keeps our hold on the mirror's addresses, so that cleaning up never unmaps something
+  // the program put there.
+  ops.Syscall(SYS_mremap,
+              {mirror.value, length, length, MREMAP_MAYMOVE | MREMAP_FIXED | 4 /*MREMAP_DONTUNMAP*/,
+               piece.range.begin.value, 0});
+  if (!area.HasFlag("dc")) {
+    AddAdvice(ops, {mirror, mirror + piece.range.size()}, MADV_DONTFORK);
+  }
+}
+
+// Should the list fail after a piece was unregistered, it is watched again before any thread runs.
+void Worker::AddSwapFailed(OpList& ops, const Piece& piece) const {
+  ops.IoctlOnFailure(
+      helper_uffd_, UFFDIO_REGISTER,
+      {piece.range.begin.value, piece.range.size().value, UFFDIO_REGISTER_MODE_WP, 0, 0});
+}
+
+// While threads give memory back without pause, one of them always waits for its event to be read
+// and does not stop: then the program is held first, its events handled, and the window follows at
+// once.
+Result<SwapOutcome> Worker::Swap(std::span<const Piece> pieces, PageCount dirty_limit) {
+  UNMOOR_ASSIGN(const bool waiting, WaitReadable(uffd_.get(), Nanos(0)));
+  if (!waiting || busy_in_a_row_ < kBusyBeforeHold) return SwapInWindow(pieces, dirty_limit);
+  const Nanos began = MonotonicNow();
+  bool changed = false;
+  Result<SwapOutcome> outcome;
+  if (const auto held = HoldProgram(changed); !held) {
+    outcome = Failure(held.error());
+  } else if (changed) {
+    outcome->result = SwapResult::kStale;
+  } else {
+    outcome = SwapInWindow(pieces, dirty_limit);
+  }
+  UNMOOR_TRY(ReleaseProgram());
+  if (outcome) {
+    outcome->pause = MonotonicNow() - began;
+    counts_.longest_pause = std::max(counts_.longest_pause, outcome->pause);
+  }
+  return outcome;
+}
+
+Result<SwapOutcome> Worker::SwapInWindow(std::span<const Piece> pieces, PageCount dirty_limit) {
+  SwapOutcome outcome;
+  if (MonotonicNow() - last_pin_check_ > kPinCheckInterval) UNMOOR_TRY(CheckNoPinnedMemory());
+  // Three quarters of the pause for stopping the threads, the rest for recheck and swap. A machine
+  // under load may not get every thread onto a core that soon; rather than never finishing, the
+  // time for stopping grows to twice that.
+  const int64_t patience = std::min(1 + busy_in_a_row_ / 4, 2);
+  OpList ops;
+  ops.Freeze(helper_tasks_, Nanos(options_.max_pause.value * 3 / 4 * patience), nested_,
+             helper_uffd_);
+  for (const Piece& piece : pieces) {
+    UNMOOR_ASSIGN(const bool as_planned, AddChecks(ops, piece));
+    if (!as_planned) {
+      outcome.result = SwapResult::kStale;
+      return outcome;
+    }
+  }
+  for (const Piece& piece : pieces) {
+    ops.Recheck(helper_pagemap_, piece.range, MirrorOf(piece.area).At(piece.range.begin),
+                dirty_limit);
+  }
+  for (const Piece& piece : pieces) AddSwap(ops, piece);
+  for (const Piece& piece : pieces) AddSwapFailed(ops, piece);
+  ops.Thaw();
+  if (ops.size() > helper::kMaxOps) {
+    outcome.result = SwapResult::kTooDirty;  // too many fragments: take a smaller batch
+    return outcome;
+  }
+  UNMOOR_TRY(FaultPoint("remap.before_swap"));
+  UNMOOR_ASSIGN(const helper::Reply reply, link_.Run(ops));
+  outcome.pause = Nanos(reply.pause_ns);
+  spdlog::debug(
+      "window: {} pieces, error {}, {} threads stopped after {}, rechecked {} ({} pages), "
+      "released {}",
+      pieces.size(), reply.error, reply.threads, HumanTime(Nanos(reply.stop_ns)),
+      HumanTime(Nanos(reply.recheck_ns)), reply.copied, HumanTime(outcome.pause));
+  outcome.recopied = PageCount(reply.copied);
+  busy_in_a_row_ = reply.error == EBUSY ? busy_in_a_row_ + 1 : 0;
+  switch (reply.error) {
+    case 0:
+      outcome.result = SwapResult::kSwapped;
+      for (const Piece& piece : pieces) dropped_.Erase(piece.range);
+      break;
+    case EBUSY:
+      outcome.result = SwapResult::kBusy;
+      break;
+    case E2BIG:
+      outcome.result = SwapResult::kTooDirty;
+      break;
+    case ESTALE:
+    case EFAULT:
+    case ENOENT:
+    case EPERM:
+      outcome.result = SwapResult::kStale;
+      break;
+    default:
+      return SystemError(reply.error, "cannot swap a batch inside the program");
+  }
+  counts_.longest_pause = std::max(counts_.longest_pause, outcome.pause);
+  return outcome;
+}
+
+void Worker::Pause(Nanos time) {
+  (void)WaitReadable(uffd_.get(), time);
+}
+
+}  // namespace unmoor

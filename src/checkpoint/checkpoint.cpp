@@ -1,0 +1,462 @@
+// See checkpoint.h.
+#include "checkpoint/checkpoint.h"
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "base/fault_point.h"
+#include "base/log.h"
+#include "checkpoint/page_router.h"
+#include "criu/metadata.h"
+#include "criu/runner.h"
+#include "image/layout.h"
+#include "image/publisher.h"
+#include "os/file.h"
+#include "os/process_control.h"
+#include "os/procfs.h"
+#include "os/socket.h"
+
+namespace unmoor {
+namespace {
+
+constexpr int kPageServerFd = 3;  // its number inside criu
+
+std::string Describe(Pid pid) {
+  const auto info = ReadProcess(pid);
+  return info ? fmt::format("{} ({})", pid.value, info->name) : fmt::format("{}", pid.value);
+}
+
+// frozen_time of stats-dump: the u32 0x55105940, the u32 0x57093306, a length, and a message whose
+// field 1 is a message of varints; number 2 there is the frozen time in microseconds. Not worth a
+// schema: what does not look like that is no figure.
+Nanos FrozenTime(const std::string& criu_directory) {
+  const auto text = ReadFile(criu_directory + "/stats-dump", Bytes(4096));
+  if (!text || text->size() < 14 || (*text)[12] != '\x0a') return Nanos(0);
+  size_t at = 14;
+  const auto varint = [&]() {
+    uint64_t value = 0;
+    for (int shift = 0; at < text->size() && shift < 64; shift += 7) {
+      const auto byte = static_cast<unsigned char>((*text)[at++]);
+      value |= uint64_t{byte & 0x7fu} << shift;
+      if (byte < 0x80) break;
+    }
+    return value;
+  };
+  constexpr uint64_t kFrozenTime = 2 << 3;
+  while (at < text->size()) {
+    const uint64_t key = varint();
+    const uint64_t value = varint();
+    if (key == kFrozenTime) return Nanos(static_cast<int64_t>(value) * 1000);
+  }
+  return Nanos(0);
+}
+
+// Until criu has detached from `pid`, with a bound in case it never does.
+void WaitUntraced(Pid pid) {
+  const Nanos end = MonotonicNow() + Nanos(30'000'000'000);
+  while (MonotonicNow() < end) {
+    const auto info = ReadProcess(pid);
+    if (!info || info->tracer.value == 0) return;
+    SleepFor(Nanos(1'000'000));
+  }
+}
+
+// An agent of ours lets go by itself once the process is READY.
+bool IsOurAgent(Pid tracer) {
+  const auto info = ReadProcess(tracer);
+  return info && info->name.starts_with("unmoor");
+}
+
+// RemapProcess with a time limit. Its thread may outlive the wait and owns all it touches; the
+// agent goes on by itself anyway.
+Result<> RemapWithin(Pid pid, Nanos timeout,
+                     const std::function<void(const RemapReport&)>& progress) {
+  struct Shared {
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::optional<RemapReport> report;  // not told yet
+    std::optional<Result<RemapReport>> result;
+  };
+  const auto shared = std::make_shared<Shared>();
+  std::thread([shared, pid] {
+    auto result = RemapProcess(pid, AgentOptions{}, [&](const RemapReport& report) {
+      const std::lock_guard lock(shared->mutex);
+      shared->report = report;
+      shared->changed.notify_one();
+    });
+    const std::lock_guard lock(shared->mutex);
+    shared->result = std::move(result);
+    shared->changed.notify_one();
+  }).detach();
+
+  const Nanos end = MonotonicNow() + timeout;
+  std::unique_lock lock(shared->mutex);
+  while (!shared->result) {
+    shared->changed.wait_for(lock, std::chrono::milliseconds(50));
+    if (shared->report) progress(*std::exchange(shared->report, std::nullopt));
+    if (timeout.value >= 0 && MonotonicNow() > end) return {};  // the caller looks how far it came
+  }
+  if (!*shared->result) return Failure(shared->result->error());
+  return {};
+}
+
+// Everything one dump needs to hand from step to step.
+class Dumper {
+ public:
+  Dumper(const CheckpointOptions& options, const CheckpointObserver& observer)
+      : options_(options), observer_(observer) {}
+
+  [[nodiscard]] Result<CheckpointReport> Run();
+
+ private:
+  [[nodiscard]] Result<> CheckDirectory();
+  [[nodiscard]] Result<> FinishRemap();
+  [[nodiscard]] Result<> FinishRemapOf(Pid pid);
+  [[nodiscard]] Bytes ExpectedBytes() const;
+  [[nodiscard]] Result<> RunCriu(const criu::CriuBinary& criu, Publisher& publisher,
+                                 PageRouter& router, InterruptFd& interrupt);
+  [[nodiscard]] criu::CriuCommand Command(const Publisher& publisher, int socket) const;
+  [[nodiscard]] Result<Manifest> MakeManifest(const std::string& directory,
+                                              const PageRouter& router) const;
+  [[nodiscard]] Result<> Publish(Publisher& publisher, const PageRouter& router);
+
+  const CheckpointOptions& options_;
+  const CheckpointObserver& observer_;
+  CheckpointReport report_;
+  std::string log_path_;
+  std::string criu_version_;
+};
+
+Result<> Dumper::FinishRemapOf(Pid pid) {
+  UNMOOR_ASSIGN(ProcessStatus status, QueryStatus(pid));
+  if (status.status == Status::kReady) return {};
+  if (status.status == Status::kNever) {
+    return UserError("process {} cannot be checkpointed: {}", Describe(pid), status.reason);
+  }
+  report_.remapped_first = true;
+  spdlog::warn("process {} still maps {} of its image; finishing the remap first", Describe(pid),
+               HumanBytes(status.direct_mapped));
+  UNMOOR_TRY(RemapWithin(pid, options_.remap_timeout, [&](const RemapReport& progress) {
+    if (observer_.remapping) observer_.remapping(pid, progress);
+  }));
+  UNMOOR_ASSIGN(status, QueryStatus(pid));
+  if (status.status == Status::kReady) return {};
+  return MachineError(
+      "process {} is not independent of its image yet ({}); try again with a longer "
+      "--timeout, or 'unmoor wait -t {}' first",
+      Describe(pid), status.reason, pid.value);
+}
+
+// What is wrong with the directory is said before a remap is waited for.
+Result<> Dumper::CheckDirectory() {
+  UNMOOR_ASSIGN(const InterruptFd interrupt, InterruptFd::Create());
+  return Publisher::Begin(options_.directory).map([](const Publisher&) {});
+}
+
+Result<> Dumper::FinishRemap() {
+  UNMOOR_ASSIGN(const std::vector<Pid> tree, ReadTree(options_.pid));
+  for (const Pid pid : tree) {
+    const auto info = ReadProcess(pid);
+    if (!info || info->state == 'Z' || info->kernel_thread) continue;
+    UNMOOR_TRY(FinishRemapOf(pid));
+  }
+  return CheckUntraced(options_.pid, Nanos(5'000'000'000));
+}
+
+// Resident memory of the tree, for the progress bar only.
+Bytes Dumper::ExpectedBytes() const {
+  Bytes sum;
+  const auto tree = ReadTree(options_.pid);
+  if (!tree) return sum;
+  for (const Pid pid : *tree) {
+    const auto text = ReadFile(fmt::format("/proc/{}/status", pid.value));
+    if (!text) continue;
+    const size_t at = text->find("RssAnon:");
+    if (at != std::string::npos)
+      sum += Bytes(std::strtoull(text->c_str() + at + 8, nullptr, 10) << 10);
+  }
+  return sum;
+}
+
+criu::CriuCommand Dumper::Command(const Publisher& publisher, int socket) const {
+  criu::CriuCommand command;
+  command.args = {"dump",
+                  "-t",
+                  std::to_string(options_.pid.value),
+                  "-D",
+                  CriuDirectory(publisher.path()),
+                  "--page-server",
+                  "--ps-socket",
+                  std::to_string(kPageServerFd)};
+  if (options_.leave_running) command.args.push_back("-R");
+  if (options_.verbose) command.args.push_back("-v4");
+  command.args.insert(command.args.end(), options_.criu_arguments.begin(),
+                      options_.criu_arguments.end());
+  command.fds = {{socket, kPageServerFd}};
+  command.log_path = log_path_;
+  return command;
+}
+
+Result<> Dumper::RunCriu(const criu::CriuBinary& criu, Publisher& publisher, PageRouter& router,
+                         InterruptFd& interrupt) {
+  UNMOOR_ASSIGN(StreamPair sockets, StreamPair::Create());
+  criu::PageServer server(std::move(sockets.ours), router);
+  Result<> served;
+  std::thread serving([&] { served = server.Run(); });
+
+  criu::CriuCommand command = Command(publisher, sockets.theirs.get());
+  command.interrupt = &interrupt;
+  bool interrupted = false;
+  command.on_interrupt = [&] {
+    interrupted = true;
+    server.Abort("interrupted");
+    // A second interrupt would kill criu, and with it perhaps the program: it is not listened to
+    // until criu has let go of the program.
+    sockets.theirs.Reset();
+    serving.join();
+    WaitUntraced(options_.pid);
+  };
+  const auto outcome = criu::RunCriu(criu, command);
+  sockets.theirs.Reset();
+  if (serving.joinable()) serving.join();
+
+  // What failed on our side is the cause; criu's failure is its echo.
+  if (router.first_error()) return Failure(*router.first_error());
+  if (outcome && outcome->status.ok() && served) return {};
+  if (interrupted) return MachineError("interrupted");
+  if (!outcome) return Failure(outcome.error());
+  return served;
+}
+
+// The plan came from smaps, CRIU's metadata from CRIU's own look at the same frozen task.
+Result<> CompareWithMetadata(const std::string& criu_directory, uint32_t vpid,
+                             const RoutedTask& task) {
+  UNMOOR_ASSIGN(const std::vector<criu::Vma> vmas, criu::ReadVmas(criu_directory, vpid));
+  for (const PlannedVma& item : task.plan) {
+    if (!item.mapped) continue;
+    Vaddr covered = item.vma.range.begin;
+    for (const criu::Vma& vma : vmas) {
+      if (!vma.range.Overlaps(item.vma.range)) continue;
+      const std::string_view why = criu::WhyNotTakeable(vma);
+      if (!why.empty()) {
+        return MachineError(
+            "CRIU does not allow {} of task {} to be mapped: {}; please report this",
+            item.vma.range, vpid, why);
+      }
+      if (vma.range.begin == covered && item.vma.range.Contains(vma.range)) covered = vma.range.end;
+    }
+    if (covered != item.vma.range.end) {
+      return MachineError("CRIU and /proc/{}/smaps differ about {} of task {}; please report this",
+                          task.pid.value, item.vma.range, vpid);
+    }
+  }
+  return {};
+}
+
+ManifestVma Describe(const PlannedVma& item, Bytes saved) {
+  ManifestVma vma;
+  vma.range = item.vma.range;
+  vma.prot = item.vma.prot;
+  vma.flags = item.vma.vm_flags;
+  vma.name = item.vma.name;
+  vma.data = saved;
+  vma.kind = item.mapped ? VmaKind::kMapped : saved > Bytes(0) ? VmaKind::kCriu : VmaKind::kNone;
+  return vma;
+}
+
+Result<Manifest> Dumper::MakeManifest(const std::string& directory,
+                                      const PageRouter& router) const {
+  UNMOOR_ASSIGN(const std::vector<criu::Task> tasks, criu::ReadTasks(CriuDirectory(directory)));
+  UNMOOR_ASSIGN(const HostFacts host, ReadHostFacts());
+  Manifest manifest;
+  UNMOOR_ASSIGN(manifest.checkpoint_id, NewId());
+  manifest.created = WallClockNow();
+  manifest.tool_version = options_.tool_version;
+  manifest.criu_version = criu_version_;
+  manifest.kernel_release = host.kernel_release;
+  manifest.page_size = host.page_size;
+  manifest.cpu_features = host.cpu_features;
+  manifest.root_vpid = tasks.front().vpid;
+  if (const auto& layer = router.layer()) {
+    manifest.layers.push_back(
+        {layer->id, layer->file_size, layer->data_bytes, layer->allocated, layer->index_checksum});
+  }
+  for (const criu::Task& task : tasks) {
+    ManifestTask entry;
+    entry.vpid = task.vpid;
+    entry.ppid = task.parent;
+    entry.comm = task.name;
+    entry.state = task.state == criu::TaskState::kStopped ? "stopped"
+                  : task.has_memory()                     ? "running"
+                                                          : "zombie";
+    const auto routed = router.tasks().find(task.vpid);
+    if (routed != router.tasks().end()) {
+      UNMOOR_TRY(CompareWithMetadata(CriuDirectory(directory), task.vpid, routed->second));
+      for (size_t i = 0; i < routed->second.plan.size(); ++i) {
+        // CRIU's own, inside the program only while it is dumped.
+        if (routed->second.plan[i].vma.name.starts_with("/memfd:CRIUMFD")) continue;
+        entry.vmas.push_back(Describe(routed->second.plan[i], routed->second.saved[i]));
+      }
+    }
+    manifest.tasks.push_back(std::move(entry));
+  }
+  if (!router.layer()) return manifest;
+  for (const Extent& extent : router.layer()->extents) {
+    for (ManifestTask& task : manifest.tasks) {
+      if (task.vpid != extent.task_vpid) continue;
+      for (ManifestVma& vma : task.vmas) {
+        if (vma.range != extent.range) continue;
+        vma.offset = extent.offset;
+        vma.data = extent.data;  // zero pages became holes
+      }
+    }
+  }
+  return manifest;
+}
+
+Result<> Dumper::Publish(Publisher& publisher, const PageRouter& router) {
+  UNMOOR_ASSIGN(report_.manifest, MakeManifest(publisher.path(), router));
+  UNMOOR_TRY(WriteManifest(publisher.path(), report_.manifest));
+  return publisher.Publish();
+}
+
+Result<CheckpointReport> Dumper::Run() {
+  const Nanos begin = MonotonicNow();
+  UNMOOR_TRY(CheckDumpable(options_.pid));
+  UNMOOR_ASSIGN(const criu::CriuBinary criu,
+                criu::FindCriu(options_.criu, criu::VersionCheck::kNow));
+  if (criu.version) criu_version_ = criu::ToString(*criu.version);
+  UNMOOR_TRY(CheckDirectory());
+  UNMOOR_TRY(FinishRemap());  // a Ctrl-C may simply end us here
+  UNMOOR_ASSIGN(InterruptFd interrupt, InterruptFd::Create());
+  UNMOOR_ASSIGN(Publisher publisher, Publisher::Begin(options_.directory));
+
+  UNMOOR_TRY(MakeDirectory(CriuDirectory(publisher.path()), 0700));
+  UNMOOR_TRY(MakeDirectory(LayersDirectory(publisher.path()), 0700));
+  const char* const temporary = std::getenv("TMPDIR");
+  UNMOOR_ASSIGN(const std::string log_directory,
+                MakeTemporaryDirectory(temporary != nullptr ? temporary : "/tmp", "unmoor-dump-"));
+  log_path_ = log_directory + "/criu.log";
+
+  PageRouter::Options routing;
+  routing.root = options_.pid;
+  routing.criu_directory = CriuDirectory(publisher.path());
+  routing.layers_directory = LayersDirectory(publisher.path());
+  UNMOOR_ASSIGN(routing.layer_id, NewId());
+  routing.sync = !options_.leave_running;
+  routing.plan = options_.plan;
+  if (observer_.dumping) {
+    routing.progress = [this, expected = ExpectedBytes()](Bytes done) {
+      observer_.dumping(done, std::max(done, expected));
+    };
+  }
+  PageRouter router(std::move(routing));
+
+  if (auto dumped = RunCriu(criu, publisher, router, interrupt); !dumped) {
+    const Error& error = dumped.error();
+    if (error.message().find(log_path_) == std::string::npos) (void)RemoveTree(log_directory);
+    return Failure(Error(error.kind(), error.errnum(),
+                         fmt::format("{}; nothing was written and process {} runs on",
+                                     error.message(), Describe(options_.pid))));
+  }
+  if (options_.verbose) {
+    (void)CopyFile(log_path_, CriuDirectory(publisher.path()) + "/dump.log");
+  }
+  (void)RemoveTree(log_directory);
+
+  interrupt.TooLate();
+  if (auto published = Publish(publisher, router); !published) {
+    if (options_.leave_running) {
+      return Failure(Error(published.error().kind(), published.error().errnum(),
+                           fmt::format("{}; nothing was written and process {} runs on",
+                                       published.error().message(), Describe(options_.pid))));
+    }
+    // The program is gone: what was written is all there is of it.
+    const std::string saved = options_.directory + ".unpublished";
+    if (!Exists(publisher.path()) || !Rename(publisher.path(), saved))
+      return Failure(published.error());
+    return MachineError("{}; the program has ended, its complete data is kept in {}",
+                        published.error().message(), saved);
+  }
+  report_.directory = publisher.target();
+  report_.frozen = FrozenTime(CriuDirectory(report_.directory));
+  for (const ManifestLayer& layer : report_.manifest.layers) report_.allocated += layer.allocated;
+  report_.allocated += router.criu_bytes();
+  report_.elapsed = MonotonicNow() - begin;
+  return std::move(report_);
+}
+
+}  // namespace
+
+Result<> CheckDumpable(Pid pid) {
+  const auto info = ReadProcess(pid);
+  if (!info) return UserError("there is no process {}", pid.value);
+  if (info->pid != pid) {
+    return UserError("{} is a thread of process {}; dump the process", pid.value, info->pid.value);
+  }
+  if (info->kernel_thread) {
+    return UserError("process {} is a kernel thread; only programs can be dumped", Describe(pid));
+  }
+  if (info->state == 'Z' || info->state == 'X') {
+    return UserError("process {} has ended already and waits for its parent {} (a zombie)",
+                     Describe(pid), info->parent.value);
+  }
+  UNMOOR_ASSIGN(const std::vector<Pid> tree, ReadTree(pid));
+  if (std::ranges::find(tree, OwnPid()) != tree.end()) {
+    return UserError(
+        "process {} started this command, so it cannot be frozen by it; run unmoor "
+        "from elsewhere",
+        Describe(pid));
+  }
+  return {};
+}
+
+Result<> CheckUntraced(Pid pid, Nanos patience) {
+  UNMOOR_ASSIGN(const std::vector<Pid> tree, ReadTree(pid));
+  const Nanos end = MonotonicNow() + patience;
+  for (const Pid member : tree) {
+    const auto threads = ReadThreads(member);
+    if (!threads) continue;  // it has ended
+    for (const Pid thread : *threads) {
+      for (;;) {
+        const auto state = ReadProcess(thread);
+        if (!state || state->tracer.value == 0) break;
+        if (!IsOurAgent(state->tracer)) {
+          return UserError("process {} is traced by {}; end that first (a debugger, strace?)",
+                           Describe(member), Describe(state->tracer));
+        }
+        if (MonotonicNow() > end) {
+          return MachineError("process {} is still held by {}; try again, or 'unmoor wait -t {}'",
+                              Describe(member), Describe(state->tracer), member.value);
+        }
+        SleepFor(Nanos(2'000'000));
+      }
+    }
+  }
+  return {};
+}
+
+Result<CheckpointReport> Dump(const CheckpointOptions& options,
+                              const CheckpointObserver& observer) {
+  return Dumper(options, observer).Run();
+}
+
+Result<std::vector<DryRunTask>> PlanDump(const CheckpointOptions& options) {
+  UNMOOR_TRY(CheckDumpable(options.pid));
+  UNMOOR_ASSIGN(const std::vector<Pid> tree, ReadTree(options.pid));
+  std::vector<DryRunTask> tasks;
+  for (const Pid pid : tree) {
+    const auto info = ReadProcess(pid);
+    const auto vmas = ReadSmaps(pid);
+    if (!info || !vmas) continue;
+    tasks.push_back({pid, info->name, PlanTask(*vmas, options.plan)});
+  }
+  return tasks;
+}
+
+}  // namespace unmoor

@@ -1,0 +1,70 @@
+// Dump: a running process and its children become an image directory, or nothing changes.
+//
+// Checks what the user asked for, finishes a pending remap, runs `criu dump` with ourselves as its
+// page server (page_router.h), compares CRIU's metadata with our plan, writes the manifest and
+// publishes. Whatever fails before criu has exited with 0, the program runs on as if nothing had
+// happened and no directory is left; what fails after it (the program may be gone) keeps the
+// complete data and says where.
+//
+// One dump per process at a time; it starts threads. Document: docs/architecture.md, docs/cli.md.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "agent/agent.h"
+#include "base/result.h"
+#include "base/units.h"
+#include "checkpoint/plan.h"
+#include "image/manifest.h"
+
+namespace unmoor {
+
+struct CheckpointOptions {
+  Pid pid;
+  std::string directory;
+  bool leave_running = false;
+  Nanos remap_timeout{-1};  // how long to wait for a pending remap; negative: for ever
+  std::optional<std::string> criu;
+  std::vector<std::string> criu_arguments;
+  std::string tool_version;
+  bool verbose = false;  // criu logs more and its log stays in the image directory
+  CheckpointPlanOptions plan;
+};
+
+// Told of what goes on; may be empty. Called from several threads, one at a time.
+struct CheckpointObserver {
+  // A remap has to end first: how far it is.
+  std::function<void(Pid, const RemapReport&)> remapping;
+  // Bytes received of the expected ones (an estimate made before the dump).
+  std::function<void(Bytes done, Bytes expected)> dumping;
+};
+
+struct CheckpointReport {
+  Manifest manifest;
+  std::string directory;  // absolute
+  Nanos frozen;           // as CRIU measured it (stats-dump); 0: it left no figure
+  Nanos elapsed;
+  Bytes allocated;  // on disk, the whole directory's pages
+  bool remapped_first = false;
+};
+
+[[nodiscard]] Result<CheckpointReport> Dump(const CheckpointOptions& options,
+                                            const CheckpointObserver& observer);
+
+// What a dump would do with each VMA of each task, without stopping anything.
+struct DryRunTask {
+  Pid pid;
+  std::string name;
+  std::vector<PlannedVma> plan;
+};
+[[nodiscard]] Result<std::vector<DryRunTask>> PlanDump(const CheckpointOptions& options);
+
+// The user's mistakes about the process to dump: absent, kernel thread, zombie, ourselves.
+[[nodiscard]] Result<> CheckDumpable(Pid pid);
+// That nobody traces `pid` or a process below it. An agent of ours is waited for, `patience` long.
+[[nodiscard]] Result<> CheckUntraced(Pid pid, Nanos patience);
+
+}  // namespace unmoor

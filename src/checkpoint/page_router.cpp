@@ -1,0 +1,139 @@
+// See page_router.h.
+#include "checkpoint/page_router.h"
+
+#include <fcntl.h>
+
+#include <algorithm>
+
+#include "agent/page_image.h"
+#include "base/fault_point.h"
+#include "os/file.h"
+#include "os/process_control.h"
+
+namespace unmoor {
+
+Result<> PageRouter::Keep(Result<> result) {
+  if (!result && !first_error_) first_error_ = result.error();
+  return result;
+}
+
+Result<> PageRouter::Open(criu::PageStreamId id) {
+  UNMOOR_TRY(Keep(page_images_.Open(id)));
+  if (id.kind != criu::StreamKind::kTask) return {};
+  return Keep(OpenTask(static_cast<uint32_t>(id.id)));
+}
+
+// CRIU names a task by its id in its own PID namespace.
+Result<Pid> PageRouter::FindTask(uint32_t vpid) {
+  if (pids_.empty()) {
+    UNMOOR_ASSIGN(const std::vector<Pid> tree, ReadTree(options_.root));
+    for (const Pid pid : tree) {
+      const auto info = ReadProcess(pid);
+      if (!info) continue;
+      pids_.emplace(static_cast<uint32_t>(info->ns_pids.empty() ? pid.value : info->ns_pids.back()),
+                    pid);
+    }
+  }
+  const auto found = pids_.find(vpid);
+  if (found == pids_.end()) {
+    return MachineError("CRIU sends pages of task {}, which is not below process {}", vpid,
+                        options_.root.value);
+  }
+  return found->second;
+}
+
+Result<> PageRouter::OpenTask(uint32_t vpid) {
+  UNMOOR_TRY(FaultPoint("dump.open"));
+  UNMOOR_ASSIGN(const Pid pid, FindTask(vpid));
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid));
+  // The remap was finished before; what appeared since would make the checkpoint depend on an
+  // image.
+  if (const auto image = std::ranges::find_if(vmas, MapsPageImage); image != vmas.end()) {
+    return MachineError("process {} maps {} at {} again; 'unmoor wait -t {}', then dump once more",
+                        pid.value, image->name, image->range, pid.value);
+  }
+  RoutedTask task{pid, PlanTask(vmas, options_.plan), {}};
+  UNMOOR_ASSIGN(const Fd pagemap, OpenFile(fmt::format("/proc/{}/pagemap", pid.value), O_RDONLY));
+  for (PlannedVma& item : task.plan) {
+    if (!item.mapped || !HasGuardPages(pagemap.get(), item.vma.range)) continue;
+    item.mapped = false;
+    item.why = "has guard pages";
+  }
+  task.saved.resize(task.plan.size());
+  const std::vector<VaddrRange> mapped = MappedRanges(task.plan);
+  if (!mapped.empty()) {
+    if (!writer_) {
+      UNMOOR_ASSIGN(writer_, LayerWriter::Create(options_.layers_directory, options_.layer_id));
+    }
+    UNMOOR_TRY(writer_->AddTask(vpid, mapped));
+  }
+  cursor_ = 0;
+  if (!tasks_.emplace(vpid, std::move(task)).second) {
+    return MachineError("CRIU sends the pages of task {} twice", vpid);
+  }
+  return {};
+}
+
+Result<> PageRouter::Pages(criu::PageStreamId id, Vaddr at, uint32_t flags,
+                           std::span<const std::byte> data) {
+  UNMOOR_TRY(Keep(FaultPoint("dump.pages")));
+  received_ += Bytes(data.size());
+  if (const Nanos now = MonotonicNow(); options_.progress && now - told_at_ > Nanos(100'000'000)) {
+    told_at_ = now;
+    options_.progress(received_);
+  }
+  return Keep(RoutePages(id, at, flags, data));
+}
+
+Result<> PageRouter::RoutePages(criu::PageStreamId id, Vaddr at, uint32_t flags,
+                                std::span<const std::byte> data) {
+  if (id.kind != criu::StreamKind::kTask) return page_images_.Pages(id, at, flags, data);
+  const auto vpid = static_cast<uint32_t>(id.id);
+  RoutedTask& task = tasks_.at(vpid);
+  if (first_pages_.empty() || first_pages_.back().id != id) {
+    const auto page = data.first(kPageSize);
+    first_pages_.push_back({id, at, flags, {page.begin(), page.end()}});
+  }
+  while (!data.empty()) {
+    while (cursor_ < task.plan.size() && task.plan[cursor_].vma.range.end <= at) ++cursor_;
+    if (cursor_ == task.plan.size() || at < task.plan[cursor_].vma.range.begin) {
+      return MachineError("CRIU sends a page at {} of task {}, where it has no memory", at, vpid);
+    }
+    const PlannedVma& item = task.plan[cursor_];
+    const uint64_t room = std::min<uint64_t>((item.vma.range.end - at).value, data.size());
+    const auto part = data.first(room);
+    if (item.mapped) {
+      UNMOOR_TRY(writer_->Write(vpid, at, part));
+    } else {
+      UNMOOR_TRY(page_images_.Pages(id, at, flags, part));
+    }
+    task.saved[cursor_] += Bytes(room);
+    data = data.subspan(room);
+    at = at + Bytes(room);
+  }
+  return {};
+}
+
+Result<> PageRouter::Absent(criu::PageStreamId id, VaddrRange range, uint32_t flags) {
+  return Keep(page_images_.Absent(id, range, flags));
+}
+
+Result<> PageRouter::Close() {
+  return Keep(Finish());
+}
+
+Result<> PageRouter::Finish() {
+  UNMOOR_TRY(FaultPoint("dump.close"));
+  // CRIU refuses a task without any pages of its own: give it one that also is in the layer.
+  for (const FirstPage& page : first_pages_) {
+    if (page_images_.HasEntries(page.id)) continue;
+    UNMOOR_TRY(page_images_.Pages(page.id, page.at, page.flags, page.data));
+  }
+  UNMOOR_TRY(page_images_.Finish(options_.sync));
+  if (writer_) {
+    UNMOOR_ASSIGN(layer_, writer_->Finish(options_.sync));
+  }
+  return {};
+}
+
+}  // namespace unmoor

@@ -1,0 +1,166 @@
+// See rewrite.h. Recipe: docs/format.md, "CRIU metadata".
+#include "criu/rewrite.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+#include "criu/image_codec.h"
+#include "criu/metadata.h"
+#include "criu/mm_image.h"
+#include "os/file.h"
+#include "proto/image.pb.h"
+
+namespace unmoor::criu {
+namespace {
+
+constexpr uint32_t kFileTypeRegular = 1;
+
+// files.img with our own entries added. CRIU's entries stay the bytes they were.
+class FileTable {
+ public:
+  [[nodiscard]] static Result<FileTable> Read(const std::string& path) {
+    FileTable table;
+    UNMOOR_ASSIGN(const RawImage image, RawImage::Read(path, ImageType::kFiles));
+    for (const RawImage::Message& raw : image.messages()) {
+      UNMOOR_ASSIGN(const proto::FileEntryId entry, ParseMessage<proto::FileEntryId>(image, raw));
+      table.last_id_ = std::max(table.last_id_, entry.id());
+      table.builder_.Append(raw.bytes);
+    }
+    table.path_ = path;
+    return table;
+  }
+
+  // A new id for the layer's file.
+  [[nodiscard]] Result<uint32_t> Add(uint32_t layer) {
+    if (last_id_ >= UINT32_MAX - 1) return UserError("{}: no file id is left", path_);
+    proto::FileEntry entry;
+    entry.set_type(kFileTypeRegular);
+    entry.set_id(++last_id_);
+    proto::RegFileEntry& reg = *entry.mutable_reg();
+    reg.set_id(entry.id());
+    reg.set_flags(O_RDONLY | O_LARGEFILE);
+    reg.set_pos(0);
+    proto::FownEntry& owner = *reg.mutable_fown();
+    owner.set_uid(0);
+    owner.set_euid(0);
+    owner.set_signum(0);
+    owner.set_pid_type(0);
+    owner.set_pid(0);
+    reg.set_name("/" + LayerKey(layer));
+    reg.set_mnt_id(-1);
+    builder_.Append(entry.SerializeAsString());
+    return entry.id();
+  }
+
+  [[nodiscard]] const std::string& data() const { return builder_.data(); }
+
+ private:
+  FileTable() = default;
+  std::string path_;
+  ImageBuilder builder_{ImageType::kFiles};
+  uint32_t last_id_ = 0;
+};
+
+void MapFromFile(proto::VmaEntry& vma, uint32_t file_id, FileOffset offset) {
+  vma.set_status((vma.status() & ~kVmaAnonPrivate) | kVmaFilePrivate);
+  vma.set_flags(vma.flags() & ~static_cast<uint32_t>(MAP_ANONYMOUS));
+  vma.set_shmid(file_id);
+  vma.set_pgoff(offset.value);
+  vma.set_fdflags(0);
+}
+
+Result<> CheckMapping(const DirectMapping& mapping, const std::string& path) {
+  if (mapping.range.empty() ||
+      (mapping.range.begin.value | mapping.range.end.value | mapping.offset.value) % kPageSize !=
+          0) {
+    return UserError("{}: the range {} at offset {:#x} of a page image is not made of pages", path,
+                     mapping.range, mapping.offset.value);
+  }
+  return {};
+}
+
+// Turns the VMAs of one task. The mappings are ascending, and so are CRIU's VMAs but for guard
+// entries, which come last.
+Result<> MapTask(MmImage& mm, const TaskMapping& task, FileTable& files) {
+  std::map<uint32_t, uint32_t> file_ids;  // by layer
+  auto* const vmas = mm.entry.mutable_vmas();
+  int at = 0;
+  Vaddr last_end;
+  for (const DirectMapping& mapping : task.mappings) {
+    UNMOOR_TRY(CheckMapping(mapping, mm.path));
+    if (mapping.range.begin < last_end) {
+      return UserError("{}: the range {} comes after one that ends at {}", mm.path, mapping.range,
+                       last_end);
+    }
+    last_end = mapping.range.end;
+    if (!file_ids.contains(mapping.layer)) {
+      UNMOOR_ASSIGN(file_ids[mapping.layer], files.Add(mapping.layer));
+    }
+    while (at < vmas->size() && vmas->at(at).end() <= mapping.range.begin.value) ++at;
+    Vaddr covered = mapping.range.begin;
+    for (; at < vmas->size() && covered < mapping.range.end; ++at) {
+      proto::VmaEntry& entry = vmas->at(at);
+      const Vma vma = FromEntry(entry);
+      if (vma.range.begin != covered || vma.range.end > mapping.range.end) break;
+      if (const std::string_view why = WhyNotTakeable(vma); !why.empty()) {
+        return UserError("{}: VMA {} cannot be mapped from a page image: {}", mm.path, vma.range,
+                         why);
+      }
+      MapFromFile(entry, file_ids[mapping.layer],
+                  mapping.offset + (vma.range.begin - mapping.range.begin));
+      covered = vma.range.end;
+    }
+    if (covered != mapping.range.end) {
+      return UserError(
+          "{}: the range {} to be mapped is not made of whole VMAs (nothing fits at {}); the page "
+          "image and CRIU's metadata are not of one checkpoint",
+          mm.path, mapping.range, covered);
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+std::string LayerKey(uint32_t layer) {
+  return fmt::format("unmoor-layer-{}", layer);
+}
+
+std::string InheritFdArgument(int fd, uint32_t layer) {
+  return fmt::format("fd[{}]:{}", fd, LayerKey(layer));
+}
+
+Result<> RewriteForDirectMap(const std::string& criu_directory, const std::string& view_directory,
+                             std::span<const TaskMapping> tasks) {
+  UNMOOR_CHECK(criu_directory.starts_with('/'));
+  UNMOOR_ASSIGN(FileTable files, FileTable::Read(criu_directory + "/files.img"));
+  std::set<std::string> written;
+  for (const TaskMapping& task : tasks) {
+    if (task.mappings.empty()) continue;
+    UNMOOR_ASSIGN(MmImage mm, MmImage::Read(criu_directory, task.vpid));
+    UNMOOR_TRY(MapTask(mm, task, files));
+    ImageBuilder builder(ImageType::kMm);
+    builder.Append(mm.entry.SerializeAsString());
+    const std::string name = fmt::format("mm-{}.img", task.vpid);
+    if (!written.insert(name).second) {
+      return UserError("task {} is to be mapped twice", task.vpid);
+    }
+    UNMOOR_TRY(WriteFile(view_directory + "/" + name, builder.data(), 0600));
+  }
+  UNMOOR_TRY(WriteFile(view_directory + "/files.img", files.data(), 0600));
+  written.insert("files.img");
+
+  UNMOOR_ASSIGN(const std::vector<std::string> names, ListDirectory(criu_directory));
+  for (const std::string& name : names) {
+    // What criu writes itself during the restore must not go through a link.
+    if (written.contains(name) || name == "stats-restore") continue;
+    UNMOOR_TRY(SymbolicLink(criu_directory + "/" + name, view_directory + "/" + name));
+  }
+  return {};
+}
+
+}  // namespace unmoor::criu

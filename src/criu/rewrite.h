@@ -1,0 +1,43 @@
+// Metadata for a direct-mapped restore: anonymous VMAs become private mappings of page images.
+//
+// The view is a directory of symbolic links to CRIU's own files, except mm-<vpid>.img of the mapped
+// tasks and files.img, which are new. CRIU's own files are never touched. Each (task, layer) gets a
+// file id of its own: with a shared one CRIU takes the mapping of a child for its parent's and the
+// child silently gets the parent's memory. CRIU learns the files themselves by
+//   --inherit-fd fd[N]:unmoor-layer-<layer>
+// Failure leaves a partly filled view, which the caller removes. Thread-safe.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/result.h"
+#include "base/units.h"
+
+namespace unmoor::criu {
+
+// `range` of a task is to map its layer from `offset` on. A range is one or more whole VMAs.
+struct DirectMapping {
+  VaddrRange range;
+  uint32_t layer = 0;  // index the caller chose; names the inherited descriptor
+  FileOffset offset;
+};
+
+struct TaskMapping {
+  uint32_t vpid = 0;
+  std::vector<DirectMapping> mappings;  // ascending, disjoint
+};
+
+// Name of a layer's file as CRIU's --inherit-fd wants it: "unmoor-layer-3".
+[[nodiscard]] std::string LayerKey(uint32_t layer);
+// The argument: "fd[7]:unmoor-layer-3".
+[[nodiscard]] std::string InheritFdArgument(int fd, uint32_t layer);
+
+// `criu_directory` is absolute; `view_directory` exists and is empty.
+[[nodiscard]] Result<> RewriteForDirectMap(const std::string& criu_directory,
+                                           const std::string& view_directory,
+                                           std::span<const TaskMapping> tasks);
+
+}  // namespace unmoor::criu

@@ -1,0 +1,74 @@
+// Finding criu and running it: exact descriptors, its log kept, its decisive lines in our error.
+//
+// criu runs in a process group of its own, so that a Ctrl-C at the terminal reaches only us. It is
+// never killed for that: a criu killed in the middle of a dump may leave the program broken.
+// Instead `on_interrupt` makes the dump fail (PageServer::Abort), criu thaws the program and ends
+// by itself. Only a second interrupt kills criu and every process below it.
+#pragma once
+
+#include <compare>
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/result.h"
+#include "base/units.h"
+#include "os/spawn.h"
+
+namespace unmoor::criu {
+
+struct CriuVersion {
+  int major = 0;
+  int minor = 0;
+  int sublevel = 0;
+  auto operator<=>(const CriuVersion&) const = default;
+};
+inline constexpr CriuVersion kOldestCriu{4, 2, 0};
+// "4.2.1"; "4.2" when the sublevel is 0.
+[[nodiscard]] std::string ToString(CriuVersion version);
+// From the output of `criu --version`.
+[[nodiscard]] std::optional<CriuVersion> ParseCriuVersion(std::string_view output);
+
+struct CriuBinary {
+  std::string path;
+  // Unset after VersionCheck::kOnFailure.
+  std::optional<CriuVersion> version;
+};
+
+enum class VersionCheck {
+  kNow,        // runs `criu --version` and refuses anything below kOldestCriu
+  kOnFailure,  // costs nothing; RunCriu asks for the version when criu has failed, and says it
+};
+
+// Order: `option` (--criu), $UNMOOR_CRIU, the private prefix, PATH. The first one named decides:
+// one that is named but missing or too old is an error, not passed over.
+[[nodiscard]] Result<CriuBinary> FindCriu(const std::optional<std::string>& option,
+                                          VersionCheck check);
+// Runs `criu --version`.
+[[nodiscard]] Result<CriuVersion> ReadCriuVersion(const std::string& path);
+
+struct CriuCommand {
+  std::vector<std::string> args;  // from the action on: "restore", "-D", …
+  std::vector<InheritedFd> fds;
+  std::string log_path;  // absolute; criu's --log-file
+  InterruptFd* interrupt = nullptr;
+  std::function<void()> on_interrupt;  // called once, at the first interrupt
+};
+
+struct CriuOutcome {
+  ExitStatus status;
+  bool interrupted =
+      false;  // an interrupt came while criu ran (it may have succeeded all the same)
+};
+
+// Runs criu to its end. An error when it could not be started or did not exit with 0: the message
+// holds the first of criu's own error lines and the path of the whole log. `--log-file` and `-v2`
+// are added before `args`, so that later options win.
+[[nodiscard]] Result<CriuOutcome> RunCriu(const CriuBinary& criu, const CriuCommand& command);
+
+// criu's "Error (…)" lines of a log, the first `count`, without duplicates.
+[[nodiscard]] std::vector<std::string> DecisiveLogLines(const std::string& log_path, size_t count);
+
+}  // namespace unmoor::criu

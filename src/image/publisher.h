@@ -1,0 +1,55 @@
+// Publisher: the only way a checkpoint comes to be at its place; all of it or nothing.
+//
+//   UNMOOR_ASSIGN(Publisher publisher, Publisher::Begin(dir));
+//   … write everything below publisher.path() …
+//   UNMOOR_TRY(publisher.Publish());
+//
+// Work happens in DIR.partial-XXXXXX beside DIR. Publish() fsyncs each file and directory, renames
+// into place (an exchange where DIR exists), fsyncs the parent and only then removes the older
+// checkpoint, by unlinking: a process that still maps one of its layers keeps it. Until the rename
+// DIR is untouched. Destroying an unpublished Publisher removes the partial directory.
+//
+// Two commands cannot publish to one DIR at once: the partial directory is flock'ed by its owner.
+// One that nobody holds is left over from a killed command; Begin removes it. One thread.
+// Fault points: publish.before_sync, publish.before_rename, publish.after_rename.
+#pragma once
+
+#include <string>
+
+#include "base/result.h"
+#include "os/fd.h"
+
+namespace unmoor {
+
+class Publisher {
+ public:
+  // User errors: the parent is missing, DIR is no directory, is a mount point, holds anything but
+  // an unmoor checkpoint, or another command is writing it. A DIR that is empty or missing is fine.
+  [[nodiscard]] static Result<Publisher> Begin(const std::string& dir);
+  Publisher(Publisher&& other) noexcept;
+  Publisher& operator=(Publisher&&) = delete;
+  ~Publisher();
+
+  // Absolute path of the partial directory, mode 0700. It holds nothing at first.
+  [[nodiscard]] const std::string& path() const { return partial_; }
+  // Absolute path where it will be.
+  [[nodiscard]] const std::string& target() const { return target_; }
+
+  // Once. After an error before the rename DIR is as it was.
+  [[nodiscard]] Result<> Publish();
+
+ private:
+  Publisher() = default;
+  [[nodiscard]] Result<> MoveIntoPlace();
+
+  std::string parent_;
+  std::string target_;
+  std::string partial_;  // empty: moved from
+  Fd lock_;              // of the partial directory
+  Fd replaced_lock_;     // of the older checkpoint, while it is removed
+};
+
+// True when every entry of `dir` is one a checkpoint of ours has, and the manifest is among them.
+[[nodiscard]] bool IsCheckpointDirectory(const std::string& dir);
+
+}  // namespace unmoor

@@ -1,0 +1,113 @@
+// See daemon.h.
+#include "os/daemon.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <csignal>
+
+#include "os/fd.h"
+
+namespace unmoor {
+namespace {
+
+volatile sig_atomic_t signal_seen = 0;
+
+void CloseAllBut(int keep) {
+  if (keep > 3) ::close_range(3, static_cast<unsigned>(keep) - 1, 0);
+  ::close_range(static_cast<unsigned>(std::max(keep, 2)) + 1, ~0U, 0);
+}
+
+void DetachStreams(const std::string& log_file) {
+  const Fd null(::open("/dev/null", O_RDWR | O_CLOEXEC));
+  const Fd log(log_file.empty()
+                   ? -1
+                   : ::open(log_file.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644));
+  ::dup2(null.get(), STDIN_FILENO);
+  ::dup2(null.get(), STDOUT_FILENO);
+  ::dup2(log.valid() ? log.get() : null.get(), STDERR_FILENO);
+}
+
+}  // namespace
+
+Result<Pid> ForkProcess() {
+  const pid_t pid = ::fork();
+  if (pid < 0) return SystemError(errno, "cannot fork");
+  return Pid{pid};
+}
+
+Result<std::optional<Pid>> ForkDaemon(int keep, const std::string& log_file,
+                                      const std::string& name) {
+  int pipe_fds[2] = {-1, -1};
+  if (::pipe2(pipe_fds, O_CLOEXEC) != 0) return SystemError(errno, "cannot create a pipe");
+  const Fd read_end(pipe_fds[0]);
+  Fd write_end(pipe_fds[1]);
+  UNMOOR_ASSIGN(const Pid middle, ForkProcess());
+  if (middle.value == 0) {
+    ::setsid();
+    const pid_t daemon = ::fork();
+    if (daemon != 0) {
+      (void)!::write(write_end.get(), &daemon, sizeof(daemon));
+      ::_exit(0);
+    }
+    DetachStreams(log_file);
+    CloseAllBut(keep);
+    ::prctl(PR_SET_NAME, name.c_str());
+    for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGPIPE}) {
+      ::signal(number, SIG_IGN);  // a program depends on us: we end when it no longer does
+    }
+    sigset_t none;
+    ::sigemptyset(&none);
+    ::sigprocmask(SIG_SETMASK, &none, nullptr);
+    return std::optional<Pid>();
+  }
+  write_end.Reset();
+  pid_t daemon = -1;
+  const ssize_t n = ::read(read_end.get(), &daemon, sizeof(daemon));
+  ::waitpid(middle.value, nullptr, 0);
+  if (n != sizeof(daemon) || daemon < 0) return MachineError("cannot start the agent");
+  return std::optional<Pid>(Pid{daemon});
+}
+
+Result<Fd> Duplicate(int fd) {
+  Fd copy(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
+  if (!copy.valid()) return SystemError(errno, "cannot duplicate a descriptor");
+  return copy;
+}
+
+void ExitProcess(int code) {
+  ::_exit(code);
+}
+
+void NoticeSignal() {
+  ::signal(SIGUSR1, [](int) { signal_seen = 1; });
+}
+
+bool SignalSeen() {
+  return signal_seen != 0;
+}
+
+Result<std::vector<int>> WaitAnyReadable(const std::vector<int>& fds, Nanos timeout) {
+  std::vector<pollfd> polls;
+  for (const int fd : fds) {
+    if (fd >= 0) polls.push_back({fd, POLLIN, 0});
+  }
+  const int ms = timeout.value < 0 ? -1 : static_cast<int>(timeout.value / 1'000'000);
+  int n = 0;
+  do {
+    n = ::poll(polls.data(), polls.size(), ms);
+  } while (n < 0 && errno == EINTR);
+  if (n < 0) return SystemError(errno, "cannot wait for descriptors");
+  std::vector<int> ready;
+  for (const pollfd& poll : polls) {
+    if (poll.revents != 0) ready.push_back(poll.fd);
+  }
+  return ready;
+}
+
+}  // namespace unmoor

@@ -1,0 +1,33 @@
+// Becoming a background process, and forking without exec. For programs with one thread only.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/result.h"
+#include "base/units.h"
+#include "os/fd.h"
+
+namespace unmoor {
+
+// fork(2): pid 0 in the child.
+[[nodiscard]] Result<Pid> ForkProcess();
+// A process of its own session, not our child, with standard streams on /dev/null (stderr on
+// `log_file` if not empty) and no descriptor but `keep`. Returns its pid in the caller and nothing
+// in the new process, whose comm is `name`.
+[[nodiscard]] Result<std::optional<Pid>> ForkDaemon(int keep, const std::string& log_file,
+                                                    const std::string& name);
+[[nodiscard]] Result<Fd> Duplicate(int fd);  // close-on-exec
+// Without running destructors or atexit handlers.
+[[noreturn]] void ExitProcess(int code);
+
+// SIGUSR1 no longer ends the process; SignalSeen tells whether it came since.
+void NoticeSignal();
+[[nodiscard]] bool SignalSeen();
+
+// Those of `fds` (negative ones are skipped) that are readable or closed at the other end; waits
+// for at least one, at most `timeout` (negative: for ever).
+[[nodiscard]] Result<std::vector<int>> WaitAnyReadable(const std::vector<int>& fds, Nanos timeout);
+
+}  // namespace unmoor

@@ -1,0 +1,227 @@
+// See procfs.h.
+#include "os/procfs.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <sstream>
+
+#include "os/file.h"
+
+namespace unmoor {
+namespace {
+
+constexpr Bytes kMapsLimit(uint64_t{1} << 30);
+
+// Splits off the next word of `line`.
+std::string_view NextWord(std::string_view& line) {
+  const size_t begin = line.find_first_not_of(" \t");
+  if (begin == std::string_view::npos) return line = {};
+  const size_t end = std::min(line.find_first_of(" \t", begin), line.size());
+  const std::string_view word = line.substr(begin, end - begin);
+  line.remove_prefix(end);
+  return word;
+}
+
+template <class T>
+bool Parse(std::string_view text, int base, T& value) {
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value, base);
+  return error == std::errc() && end == text.data() + text.size();
+}
+
+bool ParseMapsLine(std::string_view line, VmaInfo& vma) {
+  const std::string_view range = NextWord(line);
+  const size_t dash = range.find('-');
+  if (dash == std::string_view::npos) return false;
+  const std::string_view perms = NextWord(line);
+  const std::string_view offset = NextWord(line);
+  const std::string_view device = NextWord(line);
+  const std::string_view inode = NextWord(line);
+  const size_t colon = device.find(':');
+  if (perms.size() != 4 || colon == std::string_view::npos) return false;
+  if (!Parse(range.substr(0, dash), 16, vma.range.begin.value) ||
+      !Parse(range.substr(dash + 1), 16, vma.range.end.value) ||
+      !Parse(offset, 16, vma.offset.value) || !Parse(device.substr(0, colon), 16, vma.dev_major) ||
+      !Parse(device.substr(colon + 1), 16, vma.dev_minor) || !Parse(inode, 10, vma.inode)) {
+    return false;
+  }
+  vma.prot = (perms[0] == 'r' ? PROT_READ : 0) | (perms[1] == 'w' ? PROT_WRITE : 0) |
+             (perms[2] == 'x' ? PROT_EXEC : 0);
+  vma.shared = perms[3] == 's';
+  const size_t name = line.find_first_not_of(' ');
+  vma.name = name == std::string_view::npos ? "" : std::string(line.substr(name));
+  return true;
+}
+
+void ParseSmapsField(std::string_view line, VmaInfo& vma) {
+  const size_t colon = line.find(':');
+  const std::string_view key = line.substr(0, colon);
+  std::string_view rest = line.substr(colon + 1);
+  if (key == "VmFlags") {
+    for (std::string_view flag = NextWord(rest); !flag.empty(); flag = NextWord(rest)) {
+      vma.vm_flags.emplace_back(flag);
+    }
+    return;
+  }
+  Bytes* field = key == "Rss"             ? &vma.rss
+                 : key == "Anonymous"     ? &vma.anonymous
+                 : key == "AnonHugePages" ? &vma.anon_huge_pages
+                 : key == "Locked"        ? &vma.locked
+                                          : nullptr;
+  if (field == nullptr) return;
+  uint64_t kib = 0;
+  if (Parse(NextWord(rest), 10, kib)) *field = Bytes(kib << 10);
+}
+
+Result<std::vector<VmaInfo>> ReadVmas(Pid pid, const char* file) {
+  const std::string path = fmt::format("/proc/{}/{}", pid.value, file);
+  UNMOOR_ASSIGN(const std::string text, ReadFile(path, kMapsLimit));
+  std::vector<VmaInfo> vmas;
+  for (size_t at = 0; at < text.size();) {
+    const size_t end = std::min(text.find('\n', at), text.size());
+    const std::string_view line(text.data() + at, end - at);
+    at = end + 1;
+    if (VmaInfo vma; ParseMapsLine(line, vma)) {
+      vmas.push_back(std::move(vma));
+    } else if (!vmas.empty() && line.find(':') != std::string_view::npos) {
+      ParseSmapsField(line, vmas.back());
+    } else {
+      return MachineError("cannot understand {}: \"{}\"", path, line);
+    }
+  }
+  return vmas;
+}
+
+Result<std::vector<Pid>> ReadNumericNames(const std::string& path) {
+  UNMOOR_ASSIGN(const std::vector<std::string> names, ListDirectory(path));
+  std::vector<Pid> pids;
+  for (const std::string& name : names) {
+    if (Pid pid; Parse(name, 10, pid.value)) pids.push_back(pid);
+  }
+  return pids;
+}
+
+}  // namespace
+
+bool VmaInfo::HasFlag(std::string_view flag) const {
+  return std::ranges::find(vm_flags, flag) != vm_flags.end();
+}
+
+bool VmaInfo::IsPrivateAnonymous() const {
+  return !shared && inode == 0 && dev_major == 0 && dev_minor == 0 &&
+         (name.empty() || name == "[heap]" || name == "[stack]" || name.starts_with("[anon:"));
+}
+
+Result<std::vector<VmaInfo>> ReadMaps(Pid pid) {
+  return ReadVmas(pid, "maps");
+}
+Result<std::vector<VmaInfo>> ReadSmaps(Pid pid) {
+  return ReadVmas(pid, "smaps");
+}
+
+Result<ProcessInfo> ReadProcess(Pid pid) {
+  const std::string base = fmt::format("/proc/{}", pid.value);
+  ProcessInfo info;
+  UNMOOR_ASSIGN(const std::string status, ReadFile(base + "/status"));
+  std::istringstream lines(status);
+  bool has_memory = false;
+  for (std::string line; std::getline(lines, line);) {
+    std::string_view rest = line;
+    const size_t colon = rest.find(':');
+    if (colon == std::string_view::npos) continue;
+    const std::string_view key = rest.substr(0, colon);
+    rest.remove_prefix(colon + 1);
+    if (key == "Name") info.name = std::string(rest.substr(std::min<size_t>(1, rest.size())));
+    if (key == "State") info.state = NextWord(rest).front();
+    if (key == "Tgid") Parse(NextWord(rest), 10, info.pid.value);
+    if (key == "PPid") Parse(NextWord(rest), 10, info.parent.value);
+    if (key == "TracerPid") Parse(NextWord(rest), 10, info.tracer.value);
+    if (key == "VmSize") has_memory = true;
+    if (key == "Uid") {
+      NextWord(rest);
+      Parse(NextWord(rest), 10, info.uid);
+    }
+    if (key == "NSpid") {
+      int id = 0;
+      for (auto word = NextWord(rest); Parse(word, 10, id); word = NextWord(rest)) {
+        info.ns_pids.push_back(id);
+      }
+    }
+  }
+  info.kernel_thread = !has_memory && info.state != 'Z' && info.state != 'X';
+  UNMOOR_ASSIGN(const std::string stat, ReadFile(base + "/stat"));
+  // Field 22, counted after the closing parenthesis of comm, which may hold anything.
+  std::string_view rest = std::string_view(stat).substr(std::min(stat.rfind(')') + 1, stat.size()));
+  for (int field = 3; field < 22; ++field) NextWord(rest);
+  Parse(NextWord(rest), 10, info.start_time);
+  for (int field = 23; field < 47; ++field) NextWord(rest);
+  Parse(NextWord(rest), 10, info.start_brk.value);
+  return info;
+}
+
+Result<SignalSets> ReadSignalSets(Pid pid) {
+  SignalSets sets;
+  UNMOOR_ASSIGN(const std::string status, ReadFile(fmt::format("/proc/{}/status", pid.value)));
+  std::istringstream lines(status);
+  for (std::string line; std::getline(lines, line);) {
+    std::string_view rest = line;
+    const std::string_view key = NextWord(rest);
+    if (key == "SigBlk:") Parse(NextWord(rest), 16, sets.blocked);
+    if (key == "SigIgn:") Parse(NextWord(rest), 16, sets.ignored);
+    if (key == "SigCgt:") Parse(NextWord(rest), 16, sets.caught);
+  }
+  return sets;
+}
+
+Result<ThreadCalls> ReadThreadCalls(Pid pid) {
+  UNMOOR_ASSIGN(const std::vector<Pid> threads, ReadThreads(pid));
+  ThreadCalls calls;
+  for (const Pid thread : threads) {
+    const auto text = ReadFile(fmt::format("/proc/{}/task/{}/syscall", pid.value, thread.value));
+    if (!text) continue;  // that thread ended
+    std::string_view rest = *text;
+    ++calls.threads;
+    BlockedCall call;
+    // "running", or "-1" where it sleeps outside a system call.
+    if (!Parse(NextWord(rest), 10, call.number)) continue;
+    for (uint64_t& arg : call.args) {
+      const std::string_view word = NextWord(rest);
+      if (word.starts_with("0x")) Parse(word.substr(2), 16, arg);
+    }
+    calls.blocked.push_back(call);
+  }
+  return calls;
+}
+
+Result<std::vector<Pid>> ReadThreads(Pid pid) {
+  return ReadNumericNames(fmt::format("/proc/{}/task", pid.value));
+}
+
+Result<std::vector<Pid>> ReadChildren(Pid pid) {
+  UNMOOR_ASSIGN(const std::vector<Pid> threads, ReadThreads(pid));
+  std::vector<Pid> children;
+  for (const Pid thread : threads) {
+    const auto text = ReadFile(fmt::format("/proc/{}/task/{}/children", pid.value, thread.value));
+    if (!text) continue;  // that thread ended
+    std::string_view rest = *text;
+    Pid child;
+    for (auto word = NextWord(rest); Parse(word, 10, child.value); word = NextWord(rest)) {
+      children.push_back(child);
+    }
+  }
+  return children;
+}
+
+Result<std::vector<Pid>> ReadTree(Pid root) {
+  std::vector<Pid> tree = {root};
+  for (size_t i = 0; i < tree.size(); ++i) {
+    const auto children = ReadChildren(tree[i]);
+    if (!children && i == 0) return Failure(children.error());
+    if (children) tree.insert(tree.end(), children->begin(), children->end());
+  }
+  return tree;
+}
+
+}  // namespace unmoor

@@ -1,0 +1,82 @@
+// What /proc tells about other processes: VMAs, threads, children, ids, state.
+//
+// Every function reads the files afresh; a process that ends meanwhile gives an error whose errnum
+// is ESRCH or ENOENT.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "base/result.h"
+#include "base/units.h"
+
+namespace unmoor {
+
+// One line of /proc/PID/maps, and what smaps adds.
+struct VmaInfo {
+  VaddrRange range;
+  int prot = 0;  // PROT_READ | PROT_WRITE | PROT_EXEC
+  bool shared = false;
+  FileOffset offset;
+  uint32_t dev_major = 0;
+  uint32_t dev_minor = 0;
+  uint64_t inode = 0;
+  std::string name;  // path, "[heap]", "[stack]", "[anon:…]", "" for plain anonymous memory
+
+  // From smaps only; empty or zero after ReadMaps.
+  std::vector<std::string> vm_flags;  // two-letter names: "rd", "wr", "hg" …
+  Bytes rss;
+  Bytes anonymous;
+  Bytes anon_huge_pages;
+  Bytes locked;
+
+  [[nodiscard]] bool HasFlag(std::string_view flag) const;
+  // Private and without a file: "", "[heap]", "[stack]", "[anon:…]".
+  [[nodiscard]] bool IsPrivateAnonymous() const;
+};
+
+[[nodiscard]] Result<std::vector<VmaInfo>> ReadMaps(Pid pid);
+[[nodiscard]] Result<std::vector<VmaInfo>> ReadSmaps(Pid pid);
+
+struct ProcessInfo {
+  Pid pid;
+  Pid parent;
+  char state = '?';  // R S D Z T t X
+  bool kernel_thread = false;
+  Pid tracer;                // 0: not traced
+  std::vector<int> ns_pids;  // NSpid: outermost (ours) first, innermost last
+  uint32_t uid = 0;          // effective
+  std::string name;          // comm
+  Vaddr start_brk;           // where its heap begins
+  uint64_t start_time = 0;   // clock ticks since boot: tells a reused pid
+};
+
+[[nodiscard]] Result<ProcessInfo> ReadProcess(Pid pid);
+
+// Bit n-1 stands for signal n.
+struct SignalSets {
+  uint64_t blocked = 0;
+  uint64_t ignored = 0;
+  uint64_t caught = 0;
+};
+[[nodiscard]] Result<SignalSets> ReadSignalSets(Pid pid);
+
+// The system call a thread sleeps in; nothing when it runs.
+struct BlockedCall {
+  uint64_t number = 0;
+  uint64_t args[6] = {};
+};
+struct ThreadCalls {
+  std::vector<BlockedCall> blocked;
+  size_t threads = 0;  // blocked or not
+};
+[[nodiscard]] Result<ThreadCalls> ReadThreadCalls(Pid pid);
+
+[[nodiscard]] Result<std::vector<Pid>> ReadThreads(Pid pid);
+// Children of every thread of `pid`, in our PID namespace.
+[[nodiscard]] Result<std::vector<Pid>> ReadChildren(Pid pid);
+// `root` and all its descendants, parents before children.
+[[nodiscard]] Result<std::vector<Pid>> ReadTree(Pid root);
+
+}  // namespace unmoor

@@ -1,0 +1,110 @@
+// See socket.h.
+#include "os/socket.h"
+
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+#include <array>
+#include <cstring>
+
+#include <cerrno>
+
+namespace unmoor {
+
+Result<StreamPair> StreamPair::Create(Bytes buffer) {
+  int ends[2];
+  if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) {
+    return SystemError(errno, "cannot make a socket pair");
+  }
+  StreamPair pair{Fd(ends[0]), Fd(ends[1])};
+  const int size = static_cast<int>(buffer.value);
+  for (const int fd : ends) {
+    // Only for speed. The first needs CAP_NET_ADMIN, the second is bounded by wmem_max.
+    if (::setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size) != 0) {
+      (void)::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
+    }
+  }
+  return pair;
+}
+
+Result<> SendAll(int fd, std::span<const std::byte> data, const std::string& name) {
+  while (!data.empty()) {
+    const ssize_t n = ::send(fd, data.data(), data.size(), MSG_NOSIGNAL);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) return SystemError(errno, fmt::format("cannot write to {}", name));
+    data = data.subspan(static_cast<size_t>(n));
+  }
+  return {};
+}
+
+void ShutdownWrite(int fd) {
+  (void)::shutdown(fd, SHUT_WR);
+}
+
+void DiscardStream(int fd, std::span<std::byte> scratch) {
+  for (;;) {
+    const ssize_t n = ::read(fd, scratch.data(), scratch.size());
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) return;
+  }
+}
+
+Result<> SendMessage(int fd, std::span<const std::byte> data, int passed_fd,
+                     const std::string& name) {
+  iovec iov{const_cast<std::byte*>(data.data()), data.size()};
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
+  msghdr message{};
+  message.msg_iov = &iov;
+  message.msg_iovlen = 1;
+  if (passed_fd >= 0) {
+    message.msg_control = control.data();
+    message.msg_controllen = control.size();
+    cmsghdr* header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(sizeof(int));
+    std::memcpy(CMSG_DATA(header), &passed_fd, sizeof(int));
+  }
+  ssize_t n = 0;
+  do {
+    n = ::sendmsg(fd, &message, MSG_NOSIGNAL);
+  } while (n < 0 && errno == EINTR);
+  if (n != static_cast<ssize_t>(data.size())) {
+    return SystemError(n < 0 ? errno : EIO, fmt::format("cannot send to {}", name));
+  }
+  return {};
+}
+
+Result<ReceivedMessage> ReceiveMessage(int fd, std::span<std::byte> data, const std::string& name) {
+  iovec iov{data.data(), data.size()};
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
+  msghdr message{};
+  message.msg_iov = &iov;
+  message.msg_iovlen = 1;
+  message.msg_control = control.data();
+  message.msg_controllen = control.size();
+  ssize_t n = 0;
+  do {
+    n = ::recvmsg(fd, &message, MSG_CMSG_CLOEXEC);
+  } while (n < 0 && errno == EINTR);
+  if (n < 0) return SystemError(errno, fmt::format("cannot receive from {}", name));
+  ReceivedMessage received;
+  received.size = static_cast<size_t>(n);
+  const cmsghdr* header = CMSG_FIRSTHDR(&message);
+  if (header != nullptr && header->cmsg_type == SCM_RIGHTS) {
+    int passed = -1;
+    std::memcpy(&passed, CMSG_DATA(header), sizeof(int));
+    received.passed = Fd(passed);
+  }
+  return received;
+}
+
+Result<StreamPair> CreateMessagePair() {
+  std::array<int, 2> fds{};
+  if (::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, fds.data()) != 0) {
+    return SystemError(errno, "cannot create a socket pair");
+  }
+  return StreamPair{Fd(fds[0]), Fd(fds[1])};
+}
+
+}  // namespace unmoor

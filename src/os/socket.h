@@ -1,0 +1,40 @@
+// Connected stream sockets between us and a child.
+#pragma once
+
+#include <cstddef>
+#include <span>
+#include <string>
+
+#include "base/result.h"
+#include "base/units.h"
+#include "os/fd.h"
+
+namespace unmoor {
+
+struct StreamPair {
+  Fd ours;
+  Fd theirs;
+  // Both ends close-on-exec, with buffers of about `buffer` bytes as far as the system allows.
+  [[nodiscard]] static Result<StreamPair> Create(Bytes buffer = Bytes(4 << 20));
+};
+
+// All of it; a peer that is gone is an error (EPIPE), never a signal.
+[[nodiscard]] Result<> SendAll(int fd, std::span<const std::byte> data, const std::string& name);
+// No more will be sent from this side: the peer reads what is on its way, then end of stream.
+void ShutdownWrite(int fd);
+// Reads and throws away until end of stream or error.
+void DiscardStream(int fd, std::span<std::byte> scratch);
+
+// One message over a SOCK_SEQPACKET or SOCK_DGRAM socket, with a descriptor (-1: none) beside it.
+[[nodiscard]] Result<> SendMessage(int fd, std::span<const std::byte> data, int passed_fd,
+                                   const std::string& name);
+struct ReceivedMessage {
+  size_t size = 0;  // 0: the peer is gone
+  Fd passed;
+};
+[[nodiscard]] Result<ReceivedMessage> ReceiveMessage(int fd, std::span<std::byte> data,
+                                                     const std::string& name);
+// Both ends close-on-exec, of type SOCK_SEQPACKET.
+[[nodiscard]] Result<StreamPair> CreateMessagePair();
+
+}  // namespace unmoor

@@ -1,0 +1,33 @@
+// The plan of a restore: which ranges of which tasks map which layer, and from where.
+//
+// Pure: from the manifest and the layers' indexes. Each mapped VMA of the manifest must lie in the
+// layer it names exactly where the manifest says; nothing is mapped that both do not agree on.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/result.h"
+#include "base/units.h"
+#include "criu/rewrite.h"
+#include "image/layer.h"
+#include "image/manifest.h"
+
+namespace unmoor {
+
+struct RestorePlan {
+  std::vector<criu::TaskMapping> tasks;  // those with something to map
+  std::vector<uint32_t> stopped;         // virtual pids that were stopped when dumped
+  uint64_t mappings = 0;
+  Bytes mapped;  // address space
+  Bytes data;    // of which the layers hold pages
+};
+
+// `layers[i]` is the manifest's layer i. `directory` is for messages.
+[[nodiscard]] Result<RestorePlan> PlanRestore(const Manifest& manifest,
+                                              std::span<const LayerInfo> layers,
+                                              const std::string& directory);
+
+}  // namespace unmoor

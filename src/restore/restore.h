@@ -1,0 +1,77 @@
+// Restore: an image directory runs again, its memory mapped from the layers.
+//
+// Opens and checks manifest and indexes, plans (plan.h), writes a temporary view of CRIU's metadata
+// with the mapped VMAs turned into file mappings, runs `criu restore` so that the tasks stay
+// stopped, hands them to the agent, which puts its guards in place and lets them run. The view is
+// removed as soon as criu has ended. A failure before the program runs leaves no process, no view
+// and a clear line; criu's log is kept then.
+//
+// The restored root becomes a child of the calling process. One restore at a time in a process.
+// Document: docs/architecture.md, docs/cli.md.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "agent/agent.h"
+#include "base/result.h"
+#include "base/units.h"
+#include "os/fd.h"
+#include "os/spawn.h"
+
+namespace unmoor {
+
+enum class RestoreMode {
+  kDirect,  // runs at once, remapped in the background
+  kEager,   // remapped before it runs
+};
+
+struct RestoreOptions {
+  std::string directory;
+  RestoreMode mode = RestoreMode::kDirect;
+  AgentOptions agent;
+  std::string pidfile;  // empty: none
+  std::optional<std::string> criu;
+  std::vector<std::string> criu_arguments;
+  bool verbose = false;
+};
+
+struct RestoreObserver {
+  std::function<void(Pid, const RemapReport&)> remapping;  // kEager only
+};
+
+struct RestoreReport {
+  Pid root;
+  std::vector<Pid> tasks;
+  std::optional<Pid> agent;
+  Bytes mapped;
+  Bytes data;
+  uint64_t mappings = 0;
+  Nanos criu_time;  // of the whole criu run
+  Nanos elapsed;    // until the program ran
+};
+
+// The restored program, running. Destroying it lets go of it; the program runs on.
+class RestoredProgram {
+ public:
+  RestoredProgram(RestoreReport report, Fd pidfd, InterruptFd interrupt)
+      : report_(std::move(report)), pidfd_(std::move(pidfd)), interrupt_(std::move(interrupt)) {}
+
+  [[nodiscard]] const RestoreReport& report() const { return report_; }
+  // Until the root has ended: its exit status as a shell would say it (128 + signal), or nothing
+  // when an interrupt (SIGINT, SIGTERM, SIGHUP) came first and the program runs on.
+  [[nodiscard]] Result<std::optional<int>> WaitForRoot();
+
+ private:
+  RestoreReport report_;
+  Fd pidfd_;
+  InterruptFd interrupt_;
+};
+
+[[nodiscard]] Result<RestoredProgram> Restore(const RestoreOptions& options,
+                                              const RestoreObserver& observer);
+
+}  // namespace unmoor

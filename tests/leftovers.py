@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Says what a test run left behind: processes, mounts, temporary files.
+
+  leftovers.py snapshot FILE   before the run: what there is already
+  leftovers.py check TMPDIR    after it: one line for each thing left, exit code 1 if any
+  leftovers.py clean TMPDIR    ends and unmounts what is left
+
+A process is of the run when UNMOOR_TEST_MARK in its environment is ours; programs that CRIU restored
+and the agents beside them have it as well. A zombie has no environment: it counts when it is new and
+has the name of a program that the tests start. It may take PID 1 a moment to reap it.
+"""
+import json
+import os
+import signal
+import sys
+import time
+
+ZOMBIE_NAMES = ("churn", "zoo", "tree", "unmoor", "criu", "redis-server", "java")
+PATIENCE_SECONDS = 15
+
+
+def mounts():
+    with open("/proc/self/mountinfo") as file:
+        return sorted(line.split()[4] for line in file)
+
+
+def zombies():
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/stat") as file:
+                text = file.read()
+        except OSError:
+            continue
+        name = text[text.index("(") + 1:text.rindex(")")]
+        state = text[text.rindex(")") + 2]
+        if state == "Z" and name.startswith(ZOMBIE_NAMES):
+            found.append(f"{entry} {name}")
+    return found
+
+
+def marked_processes():
+    mark = ("UNMOOR_TEST_MARK=" + os.environ["UNMOOR_TEST_MARK"]).encode()
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        if int(entry) == os.getpid():
+            continue
+        try:
+            with open(f"/proc/{entry}/environ", "rb") as file:
+                if mark not in file.read().split(b"\0"):
+                    continue
+            with open(f"/proc/{entry}/cmdline", "rb") as file:
+                command = file.read().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            continue
+        found.append((int(entry), command))
+    return found
+
+
+def leftovers(tmpdir):
+    with open(os.path.join(tmpdir, "before.json")) as file:
+        before = json.load(file)
+    found = [f"process {pid}: {command}" for pid, command in marked_processes()]
+    found += [f"zombie {entry}" for entry in zombies() if entry not in before["zombies"]]
+    # A mount may be there several times, so lists and not sets.
+    old = list(before["mounts"])
+    for mount in mounts():
+        if mount in old:
+            old.remove(mount)
+        else:
+            found.append(f"mount {mount}")
+    for name in sorted(os.listdir(tmpdir)):
+        if name not in ("before.json", "runtime"):
+            found.append(f"temporary file {os.path.join(tmpdir, name)}")
+    runtime = os.path.join(tmpdir, "runtime")
+    found += [f"runtime file {os.path.join(runtime, name)}" for name in sorted(os.listdir(runtime))]
+    return found
+
+
+def check(tmpdir):
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while (found := leftovers(tmpdir)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for line in found:
+        print(f"left behind: {line}")
+    return 1 if found else 0
+
+
+def clean(tmpdir):
+    with open(os.path.join(tmpdir, "before.json")) as file:
+        old = json.load(file)["mounts"]
+    for pid, _ in marked_processes():
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    for mount in reversed(mounts()):
+        if mount not in old and mount.startswith(tmpdir):
+            os.system(f"umount '{mount}'")
+    return 0
+
+
+def main():
+    action, path = sys.argv[1:]
+    if action == "snapshot":
+        with open(path, "w") as file:
+            json.dump({"mounts": mounts(), "zombies": zombies()}, file)
+        return 0
+    return {"check": check, "clean": clean}[action](path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

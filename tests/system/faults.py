@@ -1,0 +1,380 @@
+#!/usr/bin/env -S python3 -B
+"""Faults in the middle: whatever of unmoor or of the machine fails, the program keeps its memory."""
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+from harness import (LATER, READY, UNMOOR, children, demand, footprint, is_alive, main, poll,
+                     read_proc, state)
+
+BIG = ("--threads", 2, "--mib", 768, "--sweep-ms", 1000)
+
+
+def parent_of(pid):
+    return int(read_proc(pid, "stat").rsplit(")", 1)[1].split()[1])
+
+
+def workers_and_supervisors(story):
+    """unmoor's processes: those with a parent among them, and the others."""
+    agents = story.agents()
+    workers = []
+    for pid in agents:
+        try:
+            if parent_of(pid) in agents:
+                workers.append(pid)
+        except OSError:
+            continue
+    return workers, [pid for pid in agents if pid not in workers]
+
+
+def helpers(churn):
+    """What unmoor started inside the program: churn itself has no children here."""
+    return children(churn.pid)
+
+
+def kill(pid):
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def finish(story, churn, before, image):
+    """After a fault: the program is unhurt, `unmoor remap` completes, nothing is left."""
+    churn.demand_alive("after the fault")
+    churn.await_progress("works after the fault")
+    story.unmoor("remap", "-t", churn.pid, timeout=60)
+    demand(story.status(churn).code == READY, "READY after `unmoor remap`")
+    shutil.rmtree(image)
+    churn.await_sweep()
+    story.demand_no_agent()
+    story.demand_untouched(churn, before, join_anonymous=True)
+    churn.end()
+
+
+def killed_during_remap(victims):
+    """Restores again and again, and kills victims(story, churn) at another moment each time."""
+    def story(story):
+        rng = random.Random(7)
+        hits = 0
+        for attempt in range(6):
+            churn = story.start("churn", *BIG)
+            before = footprint(churn.pid)
+            image = story.dump(churn, f"image-{attempt}")
+            story.restore(churn, image)
+            delay = rng.uniform(0, 0.25)
+            until = time.monotonic() + delay
+            while time.monotonic() < until:
+                pass
+            # Any moment will do; one where there is somebody to kill counts.
+            deadline = time.monotonic() + 5
+            found = []
+            while not found and time.monotonic() < deadline and story.status(churn).code == LATER:
+                found = [pid for pid in victims(story, churn) if kill(pid)]
+            hits += bool(found)
+            story.say(f"killed {found} after {delay * 1000:.0f} ms, status then: "
+                      f"{story.status(churn).out.strip()[:100]}")
+            finish(story, churn, before, image)
+            if hits >= 3:
+                return
+        demand(hits > 0, "never was there anybody to kill: the memory is too small for this machine")
+    return story
+
+
+worker_killed = killed_during_remap(lambda story, churn: workers_and_supervisors(story)[0])
+supervisor_killed = killed_during_remap(lambda story, churn: workers_and_supervisors(story)[1])
+all_agents_killed = killed_during_remap(lambda story, churn: story.agents())
+helper_killed = killed_during_remap(lambda story, churn: helpers(churn))
+
+
+def worker_killed_semantics_kept(story):
+    """With one worker dead MADV_DONTNEED still gives zeros: the supervisor holds what it takes."""
+    churn = story.start("churn", "--threads", 2, "--mib", 512, "--dontneed")
+    image = story.dump(churn, "image")
+    story.restore(churn, image, "--remap", "off")
+    for _ in range(3):
+        for pid in workers_and_supervisors(story)[0]:
+            kill(pid)
+        churn.await_progress("works after a worker's death", amount=5000)
+    story.unmoor("remap", "-t", churn.pid, timeout=60)
+    shutil.rmtree(image)
+    churn.await_sweep()
+    story.demand_no_agent()
+    churn.end()
+
+
+def interrupted_remap(sign):
+    """`unmoor remap` in the foreground meets Ctrl-C (or kill -9) at several moments."""
+    def story(story):
+        churn = story.start("churn", *BIG)
+        before = footprint(churn.pid)
+        image = story.dump(churn, "image")
+        story.restore(churn, image, "--remap", "off")
+        for delay in (0.005, 0.03, 0.08, 0.15, 0.25):
+            remap = story.popen([UNMOOR, "remap", "-t", str(churn.pid)])
+            time.sleep(delay)
+            if remap.poll() is None:
+                os.killpg(remap.pid, sign)
+            code = remap.wait(60)
+            churn.demand_alive(f"after signal {sign} to remap")
+            churn.await_progress("works after the signal")
+            story.say(f"remap after {delay * 1000:.0f} ms: exit code {code}, status "
+                      f"{story.status(churn).out.strip()[:100]}")
+        finish(story, churn, before, image)
+    return story
+
+
+def interrupted_dump(sign, whole_group):
+    """Ctrl-C (a signal to the whole group), or a signal to unmoor alone, at several moments of a dump."""
+    def story(story):
+        churn = story.start("churn", *BIG)
+        before = footprint(churn.pid)
+        image = story.path("image")
+        for delay in (0.002, 0.02, 0.05, 0.1, 0.2, 0.35):
+            # -R: where the dump is quicker than the signal, the program is there all the same.
+            dump = story.popen([UNMOOR, "dump", "-t", str(churn.pid), "-D", image, "-R"])
+            time.sleep(delay)
+            if dump.poll() is None:
+                (os.killpg if whole_group else os.kill)(dump.pid, sign)
+            code = dump.wait(60)
+            poll(lambda: state(churn.pid) not in "tT", "the program runs", 20)
+            churn.demand_alive(f"after signal {sign} to dump")
+            churn.await_progress("works after the signal")
+            story.say(f"dump after {delay * 1000:.0f} ms: exit code {code}")
+            if sign == signal.SIGINT:
+                left = [n for n in os.listdir(story.folder) if n.startswith("image.")]
+                demand(not left, f"a partial directory is left: {left}")
+                demand(code == 0 or not os.path.exists(image), "no checkpoint after an interrupted dump")
+            shutil.rmtree(image, ignore_errors=True)
+        churn.await_sweep()
+        story.demand_untouched(churn, before)
+        story.dump(churn, "image")
+        left = [n for n in os.listdir(story.folder) if n.startswith("image.")]
+        demand(not left, f"the next dump clears what a killed one left: {left}")
+        story.restore(churn, image)
+        story.wait_ready(churn)
+        churn.await_sweep()
+        churn.end()
+    return story
+
+
+def interrupted_restore(story):
+    """Ctrl-C during `restore -d`: either the program runs, or nothing of it is left; the image is good."""
+    churn = story.start("churn", *BIG)
+    image = story.dump(churn, "image")
+    for delay in (0.005, 0.02, 0.04, 0.06, 0.1):
+        restore = story.popen([UNMOOR, "restore", "-D", image, "-d"])
+        time.sleep(delay)
+        if restore.poll() is None:
+            os.killpg(restore.pid, signal.SIGINT)
+        code = restore.wait(60)
+        # Either it came too late and the program runs, on its way to READY, or nothing is left.
+        poll(lambda: state(churn.pid) not in ("T", "t"), f"nothing stays stopped (exit code {code})", 10)
+        if is_alive(churn.pid):
+            churn.await_progress("works after a restore that the signal met too late")
+            story.wait_ready(churn)
+            kill(churn.pid)
+        else:
+            demand(code != 0, "exit code 0 without a program")
+        churn.await_gone()
+        story.demand_no_agent()
+        story.say(f"restore after {delay * 1000:.0f} ms: exit code {code}")
+    churn.popen = None
+    story.restore(churn, image)
+    story.wait_ready(churn)
+    churn.await_sweep()
+    churn.end()
+
+
+def foreground_restore(story):
+    """Without -d restore stays and returns what the program returns."""
+    churn = story.start("churn", "--mib", 64)
+    image = story.dump(churn, "image")
+    restore = story.popen([UNMOOR, "restore", "-D", image])
+    poll(lambda: is_alive(churn.pid) or restore.poll() is not None, "the program runs")
+    churn.await_progress("works")
+    poll(lambda: story.status(churn).code == READY, "READY", 60)
+    demand(restore.poll() is None, "restore stays as long as the program runs")
+    shutil.rmtree(image)
+    churn.await_sweep()
+    os.kill(churn.pid, signal.SIGTERM)
+    demand(restore.wait(60) == 0, "restore returns the program's exit code 0")
+    # And a failure's.
+    churn = story.start("churn", "--mib", 16)
+    image = story.dump(churn, "image")
+    restore = story.popen([UNMOOR, "restore", "-D", image])
+    poll(lambda: is_alive(churn.pid) and story.status(churn).code == READY, "READY", 60)
+    os.kill(churn.pid, signal.SIGKILL)
+    code = restore.wait(60)
+    demand(code != 0, "restore tells that the program was killed")
+    story.say(f"the program was killed: restore returned {code}")
+    story.demand_no_agent()
+
+
+def disk_full_at_dump(story):
+    churn = story.start("churn", "--threads", 2, "--mib", 256)
+    before = footprint(churn.pid)
+    small = story.mount_tmpfs("small", 64)
+    outcome = story.unmoor("dump", "-t", churn.pid, "-D", os.path.join(small, "image"), expect=1)
+    demand("space" in outcome.err.lower(), f"the message says what is short: {outcome}")
+    demand(not os.listdir(small), f"nothing is left on the full disk: {os.listdir(small)}")
+    churn.await_sweep()
+    story.demand_untouched(churn, before)
+    image = story.dump(churn, "image")
+    story.restore(churn, image)
+    story.wait_ready(churn)
+    churn.await_sweep()
+    churn.end()
+
+
+def disk_full_keeps_the_old_checkpoint(story):
+    """The directory that is to be replaced stays what it was when its successor does not fit."""
+    churn = story.start("churn", "--threads", 1, "--mib", 64)
+    small = story.mount_tmpfs("small", 100)
+    image = os.path.join(small, "image")
+    story.unmoor("dump", "-t", churn.pid, "-D", image, "-R")
+    shown = story.unmoor("show", "-D", image, "--json").json()
+    story.unmoor("dump", "-t", churn.pid, "-D", image, "-R", expect=1)
+    demand(story.unmoor("show", "-D", image, "--json").json() == shown, "the old checkpoint is as it was")
+    demand(os.listdir(small) == ["image"], f"nothing else is left: {os.listdir(small)}")
+    churn.await_sweep()
+    churn.end()
+    churn.await_gone()
+    story.restore(churn, image)
+    story.wait_ready(churn)
+    churn.await_sweep()
+    churn.end()
+
+
+def dump_while_direct_mapped(story):
+    """The dump finishes the remap first and says so; the first image is not needed afterwards."""
+    churn = story.start("churn", "--threads", 2, "--mib", 256)
+    first = story.dump(churn, "first")
+    story.restore(churn, first, "--remap", "off")
+    churn.await_progress("works while direct-mapped")
+    outcome = story.unmoor("dump", "-t", churn.pid, "-D", story.path("second"))
+    demand("remap" in (outcome.out + outcome.err).lower(), f"it says that it remapped first: {outcome}")
+    churn.await_gone()
+    story.await_no_orphan()
+    shutil.rmtree(first)
+    story.restore(churn, story.path("second"))
+    story.wait_ready(churn)
+    churn.await_sweep()
+    story.demand_no_agent()
+    churn.end()
+
+
+def dump_during_remap(story):
+    """At once after the restore: the dump waits for the agent at work."""
+    churn = story.start("churn", *BIG)
+    previous = story.dump(churn, "image-0")
+    for number in (1, 2, 3):
+        story.restore(churn, previous)
+        image = story.dump(churn, f"image-{number}")
+        shutil.rmtree(previous)
+        previous = image
+    story.restore(churn, previous)
+    story.wait_ready(churn)
+    shutil.rmtree(previous)
+    churn.await_sweep()
+    churn.end()
+
+
+def dump_into_its_own_directory(story):
+    """The directory that the program is mapped from is replaced by its new checkpoint, safely."""
+    churn = story.start("churn", "--threads", 2, "--mib", 256)
+    image = story.dump(churn, "image")
+    for mode in (("--remap", "off"), ()):
+        story.restore(churn, image, *mode)
+        churn.await_progress("works")
+        story.dump(churn, "image")
+    # Left running, it goes on from what was replaced.
+    story.restore(churn, image, "--remap", "off")
+    story.unmoor("dump", "-t", churn.pid, "-D", image, "-R")
+    churn.await_sweep()
+    churn.end()
+    churn.await_gone()
+    story.restore(churn, image)
+    story.wait_ready(churn)
+    churn.await_sweep()
+    churn.end()
+
+
+def image_moved_while_mapped(story):
+    """The directory may be renamed while a program is mapped from it."""
+    churn = story.start("churn", "--threads", 2, "--mib", 256)
+    image = story.dump(churn, "image")
+    story.restore(churn, image, "--remap", "off")
+    os.rename(image, story.path("elsewhere"))
+    churn.await_progress("works")
+    story.unmoor("remap", "-t", churn.pid)
+    demand(story.status(churn).code == READY, "READY")
+    shutil.rmtree(story.path("elsewhere"))
+    churn.await_sweep()
+    churn.end()
+
+
+def image_deleted_while_mapped(story):
+    """Deleting it too early loses nothing as long as the program lives: the file is only unlinked."""
+    churn = story.start("churn", "--threads", 2, "--mib", 256)
+    image = story.dump(churn, "image")
+    story.restore(churn, image, "--remap", "off")
+    shutil.rmtree(image)
+    churn.await_progress("works")
+    story.unmoor("remap", "-t", churn.pid)
+    churn.await_sweep()
+    image = story.dump(churn, "second")
+    story.restore(churn, image)
+    story.wait_ready(churn)
+    churn.await_sweep()
+    churn.end()
+
+
+def mapped_by_another_tool(story):
+    """status and remap go by the truth in /proc, so they serve a program that unmoor did not restore."""
+    page = 4096
+    path = story.path("pages-1.img")
+    with open(path, "wb") as file:
+        for number in range(4096):
+            file.write(number.to_bytes(8, "little") * (page // 8))
+    program = ("import ctypes,mmap,os,sys,time\n"
+               "f=os.open(sys.argv[1],os.O_RDONLY)\n"
+               "m=mmap.mmap(f,0,flags=mmap.MAP_PRIVATE,prot=mmap.PROT_READ|mmap.PROT_WRITE)\n"
+               "os.close(f)\n"
+               "m[0:8]=b'changed!'\n"
+               "print('ready',flush=True)\n"
+               "while True: time.sleep(0.05)\n")
+    process = story.popen(["python3", "-c", program, path], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    outcome = story.unmoor("status", "-t", process.pid, expect=None)
+    # A file mapping that is nobody's page image is the program's own business.
+    demand(outcome.code in (READY, LATER), f"a status: {outcome}")
+    story.say(f"a program that maps a file of its own: {outcome.out.strip()[:200]}")
+    demand(is_alive(process.pid), "it lives")
+
+
+STORIES = {
+    "worker_killed": worker_killed,
+    "supervisor_killed": supervisor_killed,
+    "all_agents_killed": all_agents_killed,
+    "helper_killed": helper_killed,
+    "remap_interrupted": interrupted_remap(signal.SIGINT),
+    "remap_killed": interrupted_remap(signal.SIGKILL),
+    "dump_interrupted": interrupted_dump(signal.SIGINT, True),
+    "dump_interrupted_alone": interrupted_dump(signal.SIGINT, False),
+    "dump_killed": interrupted_dump(signal.SIGKILL, False),
+}
+for function in (worker_killed_semantics_kept, interrupted_restore, foreground_restore,
+                 disk_full_at_dump, disk_full_keeps_the_old_checkpoint, dump_while_direct_mapped,
+                 dump_during_remap, dump_into_its_own_directory, image_moved_while_mapped,
+                 image_deleted_while_mapped, mapped_by_another_tool):
+    STORIES[function.__name__] = function
+for name, function in STORIES.items():
+    function.__name__ = name
+
+if __name__ == "__main__":
+    main(STORIES)

@@ -1,0 +1,157 @@
+// `unmoor dump`.
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "base/log.h"
+#include "checkpoint/checkpoint.h"
+#include "command.h"
+#include "progress.h"
+
+namespace unmoor::cli {
+namespace {
+
+struct DumpArguments {
+  std::string pid;
+  std::string directory;
+  std::string timeout;
+  std::string criu;
+  bool leave_running = false;
+  bool dry_run = false;
+  bool verbose = false;
+  bool json = false;
+};
+
+constexpr char kFooter[] =
+    "\nWhile it is written the program is frozen; then it is ended, or runs on with -R. If "
+    "anything\n"
+    "fails it runs on as if nothing had happened, and DIR stays as it was. A DIR that holds a\n"
+    "checkpoint is replaced only once the new one is complete.\n"
+    "\nExamples:\n"
+    "  unmoor dump -t 4711 -D /var/tmp/image\n"
+    "  unmoor dump -t $(pidof redis-server) -D /var/tmp/image -R -- --tcp-established\n"
+    "  unmoor dump -t 4711 -D /var/tmp/image -- --shell-job\n"
+    "\nExit codes: 0 dumped, 1 the machine failed, 2 wrong use (no such process, bad directory "
+    "…).\n";
+
+int PrintDryRun(const CheckpointOptions& options, bool json) {
+  const auto tasks = PlanDump(options);
+  if (!tasks) return Report(tasks.error(), json);
+  nlohmann::json list = nlohmann::json::array();
+  for (const DryRunTask& task : *tasks) {
+    nlohmann::json vmas = nlohmann::json::array();
+    if (!json) std::printf("process %d (%s)\n", task.pid.value, task.name.c_str());
+    for (const PlannedVma& item : task.plan) {
+      if (json) {
+        vmas.push_back({{"begin", item.vma.range.begin.value},
+                        {"end", item.vma.range.end.value},
+                        {"name", item.vma.name},
+                        {"mapped", item.mapped},
+                        {"reason", item.why},
+                        {"anonymous_bytes", item.vma.anonymous.value}});
+      } else {
+        const std::string line =
+            fmt::format("  {}  {:>10}  {}{}\n", item.vma.range, HumanBytes(item.vma.anonymous),
+                        item.mapped ? "layer" : fmt::format("criu ({})", item.why),
+                        item.vma.name.empty() ? "" : "  " + item.vma.name);
+        std::fwrite(line.data(), 1, line.size(), stdout);
+      }
+    }
+    list.push_back({{"pid", task.pid.value}, {"name", task.name}, {"vmas", std::move(vmas)}});
+  }
+  if (json) PrintJson({{"tasks", std::move(list)}});
+  return kExitSuccess;
+}
+
+void PrintReport(const CheckpointReport& report, bool json) {
+  const ManifestTotals totals = report.manifest.Totals();
+  if (json) {
+    PrintJson({{"directory", report.directory},
+               {"checkpoint_id", report.manifest.checkpoint_id},
+               {"tasks", totals.tasks},
+               {"vmas", totals.vmas},
+               {"mapped_bytes", totals.mapped.value},
+               {"layer_bytes", totals.layer_data.value},
+               {"criu_bytes", totals.criu_data.value},
+               {"allocated_bytes", report.allocated.value},
+               {"remapped_first", report.remapped_first},
+               {"frozen_ns", report.frozen.value},
+               {"elapsed_ns", report.elapsed.value}});
+    return;
+  }
+  std::printf("%s\n", fmt::format("dumped {} process{} to {}: {} in layers, {} with criu, {} on "
+                                  "disk, in {}{}",
+                                  totals.tasks, totals.tasks == 1 ? "" : "es", report.directory,
+                                  HumanBytes(totals.layer_data), HumanBytes(totals.criu_data),
+                                  HumanBytes(report.allocated), HumanTime(report.elapsed),
+                                  report.frozen.value > 0
+                                      ? fmt::format(", frozen for {}", HumanTime(report.frozen))
+                                      : "")
+                          .c_str());
+}
+
+int RunDump(const DumpArguments& arguments, const Invocation& invocation) {
+  CheckpointOptions options;
+  const auto pid = ParsePid(arguments.pid);
+  if (!pid) return Report(pid.error(), arguments.json);
+  options.pid = *pid;
+  options.directory = arguments.directory;
+  options.leave_running = arguments.leave_running;
+  options.verbose = arguments.verbose;
+  options.tool_version = UNMOOR_VERSION;
+  options.criu_arguments = invocation.criu_arguments;
+  if (!arguments.criu.empty()) options.criu = arguments.criu;
+  if (!arguments.timeout.empty()) {
+    const auto timeout = ParseDuration(arguments.timeout, 1'000'000'000);
+    if (!timeout) return Report(timeout.error(), arguments.json);
+    options.remap_timeout = *timeout;
+  }
+  if (arguments.verbose) InitLogging(2);
+  if (arguments.dry_run) return PrintDryRun(options, arguments.json);
+  if (options.directory.empty()) {
+    return Report(Error(ErrorKind::kUser, 0, "-D DIR is missing: where to write the image"),
+                  arguments.json);
+  }
+
+  ProgressBar remapping("remap", arguments.json);
+  ProgressBar dumping("dump", arguments.json);
+  CheckpointObserver observer;
+  observer.remapping = [&](Pid, const RemapReport& report) {
+    remapping.Show(report.done + report.dropped, report.total, DescribeProgress(report));
+  };
+  observer.dumping = [&](Bytes done, Bytes expected) {
+    remapping.Clear();
+    dumping.Show(done, expected);
+  };
+  const auto report = Dump(options, observer);
+  remapping.Clear();
+  dumping.Clear();
+  if (!report) return Report(report.error(), arguments.json);
+  PrintReport(*report, arguments.json);
+  return kExitSuccess;
+}
+
+}  // namespace
+
+Action ConfigureDump(CLI::App& app) {
+  const auto arguments = std::make_shared<DumpArguments>();
+  SetUsage(app, "Usage: unmoor dump -t PID -D DIR [OPTIONS] [-- CRIU OPTIONS]");
+  app.add_option("-t,--tree", arguments->pid, "The process to dump, with all its children")
+      ->required()
+      ->option_text("PID");
+  app.add_option("-D,--images-dir", arguments->directory, "Where the image directory is to be")
+      ->option_text("DIR");
+  app.add_flag("-R,--leave-running", arguments->leave_running, "The program runs on afterwards");
+  app.add_option("--timeout", arguments->timeout,
+                 "How long to wait for a pending remap (default: as long as it takes)")
+      ->option_text("SECONDS");
+  app.add_option("--criu", arguments->criu, "The criu to use, 4.2 or later")->option_text("PATH");
+  app.add_flag("-n,--dry-run", arguments->dry_run,
+               "Only say where each part of the memory would go");
+  app.add_flag("-v,--verbose", arguments->verbose, "Say more; keep criu's log in DIR");
+  app.add_flag("--json", arguments->json, "One JSON object on stdout");
+  app.footer(kFooter);
+  return [arguments](const Invocation& invocation) { return RunDump(*arguments, invocation); };
+}
+
+}  // namespace unmoor::cli

@@ -1,0 +1,132 @@
+// `unmoor restore`.
+#include "restore/restore.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "agent_options.h"
+#include "base/log.h"
+#include "command.h"
+#include "progress.h"
+
+namespace unmoor::cli {
+namespace {
+
+constexpr int kExitInterrupted = 130;
+
+struct RestoreArguments {
+  std::string directory;
+  std::string mode = "direct";
+  std::string remap = "background";
+  std::string pidfile;
+  std::string criu;
+  std::string agent_log;
+  AgentArguments agent;
+  bool detached = false;
+  bool verbose = false;
+  bool json = false;
+};
+
+constexpr char kFooter[] =
+    "\nThe program's memory is mapped from the image, so it runs at once; in the background it is\n"
+    "then made independent of the image (unmoor status -t PID). DIR must stay until it is READY.\n"
+    "\n  --mode direct      run at once, remap in the background (default)\n"
+    "  --mode eager       remap before the program runs\n"
+    "  --remap off        stay mapped; 'unmoor remap -t PID' does it later\n"
+    "\nExamples:\n"
+    "  unmoor restore -D /var/tmp/image -d\n"
+    "  unmoor restore -D /var/tmp/image -d --mode eager --pidfile /run/app.pid\n"
+    "  unmoor restore -D /var/tmp/image -- --shell-job\n"
+    "\nExit codes: with -d 0 once the program runs; without, the program's own (128 + signal).\n"
+    "1 the machine failed, 2 wrong use; nothing of the program is left running then.\n";
+
+Result<RestoreOptions> ToOptions(const RestoreArguments& arguments, const Invocation& invocation) {
+  RestoreOptions options;
+  options.directory = arguments.directory;
+  UNMOOR_ASSIGN(options.agent, ToAgentOptions(arguments.agent));
+  if (arguments.mode == "eager") {
+    options.mode = RestoreMode::kEager;
+  } else if (arguments.mode != "direct") {
+    return UserError("--mode is direct or eager, not '{}'", arguments.mode);
+  }
+  if (arguments.remap != "background" && arguments.remap != "off") {
+    return UserError("--remap is background or off, not '{}'", arguments.remap);
+  }
+  options.agent.remap = arguments.remap == "background";
+  if (!options.agent.remap && options.mode == RestoreMode::kEager) {
+    return UserError("--mode eager remaps before the program runs, so --remap off contradicts it");
+  }
+  options.agent.log_file = arguments.agent_log;
+  options.pidfile = arguments.pidfile;
+  options.criu_arguments = invocation.criu_arguments;
+  options.verbose = arguments.verbose;
+  if (!arguments.criu.empty()) options.criu = arguments.criu;
+  return options;
+}
+
+void PrintReport(const RestoreReport& report) {
+  nlohmann::json tasks = nlohmann::json::array();
+  for (const Pid pid : report.tasks) tasks.push_back(pid.value);
+  nlohmann::json object = {{"pid", report.root.value},
+                           {"tasks", std::move(tasks)},
+                           {"mapped_bytes", report.mapped.value},
+                           {"layer_bytes", report.data.value},
+                           {"mappings", report.mappings},
+                           {"criu_ns", report.criu_time.value},
+                           {"elapsed_ns", report.elapsed.value}};
+  if (report.agent) object["agent"] = report.agent->value;
+  PrintJson(object);
+}
+
+int RunRestore(const RestoreArguments& arguments, const Invocation& invocation) {
+  if (arguments.verbose) InitLogging(2);
+  const auto options = ToOptions(arguments, invocation);
+  if (!options) return Report(options.error(), arguments.json);
+  ProgressBar bar("remap", arguments.json);
+  RestoreObserver observer;
+  observer.remapping = [&](Pid, const RemapReport& report) {
+    bar.Show(report.done + report.dropped, report.total, DescribeProgress(report));
+  };
+  auto program = Restore(*options, observer);
+  bar.Clear();
+  if (!program) return Report(program.error(), arguments.json);
+  if (arguments.json) PrintReport(program->report());
+  std::fflush(stdout);
+  // At once, without letting go of the interrupts: one that came late must not look like a failure.
+  if (arguments.detached) std::_Exit(kExitSuccess);
+  const auto status = program->WaitForRoot();
+  if (!status) return Report(status.error(), false);
+  if (*status) return **status;
+  std::fprintf(stderr, "unmoor: interrupted; process %d runs on\n", program->report().root.value);
+  return kExitInterrupted;
+}
+
+}  // namespace
+
+Action ConfigureRestore(CLI::App& app) {
+  const auto arguments = std::make_shared<RestoreArguments>();
+  SetUsage(app, "Usage: unmoor restore -D DIR [OPTIONS] [-- CRIU OPTIONS]");
+  app.add_option("-D,--images-dir", arguments->directory, "The image directory to restore")
+      ->required()
+      ->option_text("DIR");
+  app.add_flag("-d,--restore-detached", arguments->detached,
+               "Return once the program runs, instead of waiting for its end");
+  app.add_option("--mode", arguments->mode, "How its memory comes back")
+      ->option_text("direct|eager");
+  app.add_option("--remap", arguments->remap, "Whether it is made independent by itself")
+      ->option_text("background|off");
+  AddAgentOptions(app, arguments->agent);
+  app.add_option("--pidfile", arguments->pidfile, "Write the root's process id to FILE")
+      ->option_text("FILE");
+  app.add_option("--agent-log", arguments->agent_log, "Where the background agent logs")
+      ->option_text("FILE");
+  app.add_option("--criu", arguments->criu, "The criu to use, 4.2 or later")->option_text("PATH");
+  app.add_flag("-v,--verbose", arguments->verbose, "Say more");
+  app.add_flag("--json", arguments->json, "One JSON object on stdout, once the program runs");
+  app.footer(kFooter);
+  return [arguments](const Invocation& invocation) { return RunRestore(*arguments, invocation); };
+}
+
+}  // namespace unmoor::cli
