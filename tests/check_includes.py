@@ -20,6 +20,7 @@ ROOMS = {
     "os": {"base"},
     "image": {"base", "os"},
     "remap": LOW,
+    "library": LOW | {"remap"},
     "agent": LOW | {"remap"},
     "criu": LOW,
     "checkpoint": LOW | {"remap", "agent", "criu"},
