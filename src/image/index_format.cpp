@@ -4,6 +4,7 @@
 #include <xxhash.h>
 
 #include <array>
+#include <cerrno>
 #include <cstring>
 #include <map>
 
@@ -44,8 +45,9 @@ Result<> CheckPreamble(std::span<const std::byte> bytes, const std::string& name
     return UserError("{} is not an index of a layer (bad magic at offset 0)", name);
   }
   if (const auto version = Get<uint32_t>(bytes, 8); version != kFormatVersion) {
-    return UserError("{}: format version {} is not one this unmoor ({}) reads", name, version,
-                     kFormatVersion);
+    return Failure(Error(ErrorKind::kUser, EOPNOTSUPP,
+                         fmt::format("{}: format version {} is not one this unmoor ({}) reads",
+                                     name, version, kFormatVersion)));
   }
   if (Get<uint64_t>(bytes, kHeaderChecksumAt) != Checksum(bytes.first(kHeaderChecksumAt))) {
     return Damaged(name, kHeaderChecksumAt, "the header does not match its checksum");

@@ -35,6 +35,7 @@ class LayerReader {
   [[nodiscard]] const std::vector<Segment>& segments() const { return info_.segments; }
   [[nodiscard]] const std::string& pages_path() const { return pages_path_; }
   [[nodiscard]] const Fd& pages_fd() const { return pages_; }  // read-only
+  [[nodiscard]] const Fd& index_fd() const { return index_; }  // read-only
   // The extent holding the task's address, if any.
   [[nodiscard]] const Extent* FindExtent(uint32_t task_vpid, Vaddr at) const;
 

@@ -213,8 +213,8 @@ class BufferRing {
 // The writer thread's work on the .pages file.
 class PageSink {
  public:
-  PageSink(int fd, std::string path, WriteBack write_back)
-      : fd_(fd), path_(std::move(path)), write_back_(write_back) {}
+  PageSink(int fd, std::string path, WriteBack write_back, ZeroPages zero_pages)
+      : fd_(fd), path_(std::move(path)), write_back_(write_back), zero_pages_(zero_pages) {}
 
   [[nodiscard]] Result<> Write(const Buffer& buffer) {
     UNMOOR_TRY(FaultPoint("layer.write"));
@@ -228,22 +228,25 @@ class PageSink {
  private:
   [[nodiscard]] Result<> WritePiece(const Piece& piece, std::span<const std::byte> bytes) {
     for (size_t at = 0; at < bytes.size();) {
-      if (IsZeroPage(&bytes[at])) {
-        at += kPageSize;
-        continue;
-      }
+      const bool zero = IsZeroPage(&bytes[at]);
       size_t end = at + kPageSize;
-      while (end < bytes.size() && !IsZeroPage(&bytes[end])) end += kPageSize;
-      UNMOOR_TRY(WriteRun(*piece.output, piece.offset + Bytes(at), bytes.subspan(at, end - at)));
+      while (end < bytes.size() && IsZeroPage(&bytes[end]) == zero) end += kPageSize;
+      const FileOffset offset = piece.offset + Bytes(at);
+      if (!zero || zero_pages_ == ZeroPages::kKeep) {
+        Record(*piece.output, offset, bytes.subspan(at, end - at));
+      }
+      if (!zero) UNMOOR_TRY(WriteRun(offset, bytes.subspan(at, end - at)));
       at = end;
     }
     return {};
   }
 
-  [[nodiscard]] Result<> WriteRun(TaskOutput& output, FileOffset offset,
-                                  std::span<const std::byte> data) {
+  static void Record(TaskOutput& output, FileOffset offset, std::span<const std::byte> data) {
     output.hasher.Update(offset, data);
     output.AddRun({offset, offset + Bytes(data.size())});
+  }
+
+  [[nodiscard]] Result<> WriteRun(FileOffset offset, std::span<const std::byte> data) {
     UNMOOR_TRY(WriteExactlyAt(fd_, data, offset, path_));
     NoteDirty({offset, offset + Bytes(data.size())});
     return {};
@@ -262,6 +265,7 @@ class PageSink {
   int fd_;
   std::string path_;
   WriteBack write_back_;
+  ZeroPages zero_pages_;
   FileRange dirty_;
   uint64_t dirty_bytes_ = 0;
 };
@@ -281,11 +285,13 @@ Result<> CheckVmas(uint32_t task_vpid, std::span<const VaddrRange> vmas) {
 
 class LayerWriter::Impl {
  public:
-  Impl(std::string id, std::string pages_path, std::string index_path, WriteBack write_back)
+  Impl(std::string id, std::string pages_path, std::string index_path, WriteBack write_back,
+       ZeroPages zero_pages)
       : id_(std::move(id)),
         pages_path_(std::move(pages_path)),
         index_path_(std::move(index_path)),
-        write_back_(write_back) {}
+        write_back_(write_back),
+        zero_pages_(zero_pages) {}
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
   ~Impl() { StopThread(true); }
@@ -378,7 +384,7 @@ class LayerWriter::Impl {
  private:
   // The writer thread. After an error it only gives buffers back.
   void Run() {
-    PageSink sink(pages_.get(), pages_path_, write_back_);
+    PageSink sink(pages_.get(), pages_path_, write_back_, zero_pages_);
     bool failed = false;
     while (Buffer* buffer = ring_.TakeFull()) {
       Result<> result;
@@ -459,6 +465,7 @@ class LayerWriter::Impl {
   const std::string pages_path_;
   const std::string index_path_;
   const WriteBack write_back_;
+  const ZeroPages zero_pages_;
   Fd pages_;
   Fd index_;
   LayoutAllocator layout_;
@@ -478,11 +485,11 @@ LayerWriter& LayerWriter::operator=(LayerWriter&&) noexcept = default;
 LayerWriter::~LayerWriter() = default;
 
 Result<LayerWriter> LayerWriter::Create(const std::string& directory, const std::string& id,
-                                        WriteBack write_back) {
+                                        WriteBack write_back, ZeroPages zero_pages) {
   UNMOOR_CHECK(IsValidId(id));
   if (!Exists(directory)) UNMOOR_TRY(MakeDirectory(directory, 0700));
   const std::string stem = directory + "/" + id;
-  auto impl = std::make_unique<Impl>(id, stem + ".pages", stem + ".index", write_back);
+  auto impl = std::make_unique<Impl>(id, stem + ".pages", stem + ".index", write_back, zero_pages);
   UNMOOR_TRY(impl->Open());
   return LayerWriter(std::move(impl));
 }

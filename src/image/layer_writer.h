@@ -30,12 +30,17 @@ namespace unmoor {
 // disk can then stall the receiving: not for dumps whose frozen time counts.
 enum class WriteBack { kLater, kAsItGoes };
 
+// What pages of zeros become: holes that belong to no segment, or, in a layer that lies over
+// others, pages like any other (then holes inside a segment), so that they hide what is below.
+enum class ZeroPages { kHole, kKeep };
+
 class LayerWriter {
  public:
   // Creates <directory>/<id>.pages and .index, which must not exist; makes `directory` if needed.
   [[nodiscard]] static Result<LayerWriter> Create(const std::string& directory,
                                                   const std::string& id,
-                                                  WriteBack write_back = WriteBack::kLater);
+                                                  WriteBack write_back = WriteBack::kLater,
+                                                  ZeroPages zero_pages = ZeroPages::kHole);
   LayerWriter(LayerWriter&&) noexcept;
   LayerWriter& operator=(LayerWriter&&) noexcept;
   ~LayerWriter();

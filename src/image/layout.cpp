@@ -60,6 +60,9 @@ std::string ManifestPath(const std::string& dir) {
 std::string CriuDirectory(const std::string& dir) {
   return dir + "/criu";
 }
+std::string UserDataPath(const std::string& dir) {
+  return dir + "/user_data";
+}
 std::string LayersDirectory(const std::string& dir) {
   return dir + "/layers";
 }

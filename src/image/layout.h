@@ -22,6 +22,9 @@ inline constexpr uint64_t kMaxGrowthGap = uint64_t{16} << 30;
 inline constexpr uint64_t kAddressLimit = uint64_t{1} << 56;  // x86-64 with 5 levels
 inline constexpr uint64_t kMaxExtents = uint64_t{1} << 20;
 inline constexpr uint64_t kMaxSegments = uint64_t{1} << 26;
+inline constexpr size_t kMaxDeltas = 64;  // over one another
+inline constexpr Bytes kMaxUserData(uint64_t{256} << 20);
+inline constexpr uint32_t kMemoryTask = 1;    // the one task of an image of memory ranges
 inline constexpr size_t kLayerIdLength = 32;  // lower-case hexadecimal digits
 
 class LayoutAllocator {
@@ -42,6 +45,7 @@ class LayoutAllocator {
 // Names inside an image directory `dir`.
 [[nodiscard]] std::string ManifestPath(const std::string& dir);     // DIR/manifest.json
 [[nodiscard]] std::string CriuDirectory(const std::string& dir);    // DIR/criu
+[[nodiscard]] std::string UserDataPath(const std::string& dir);     // DIR/user_data
 [[nodiscard]] std::string LayersDirectory(const std::string& dir);  // DIR/layers
 [[nodiscard]] std::string LayerPagesPath(const std::string& dir, const std::string& id);
 [[nodiscard]] std::string LayerIndexPath(const std::string& dir, const std::string& id);

@@ -7,8 +7,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <functional>
 #include <limits>
 #include <set>
+#include <span>
 
 #include "image/layout.h"
 #include "image/manifest_json.h"
@@ -53,6 +55,17 @@ std::optional<VmaKind> KindOf(std::string_view name) {
   return std::nullopt;
 }
 
+const char* ImageKindName(ImageKind kind) {
+  return kind == ImageKind::kMemory ? "memory" : "process";
+}
+
+std::optional<ImageKind> ImageKindOf(std::string_view name) {
+  for (const ImageKind kind : {ImageKind::kProcess, ImageKind::kMemory}) {
+    if (name == ImageKindName(kind)) return kind;
+  }
+  return std::nullopt;
+}
+
 std::string ProtName(int prot) {
   std::string name = "---";
   if ((prot & PROT_READ) != 0) name[0] = 'r';
@@ -92,6 +105,9 @@ Json ToJson(const ManifestVma& vma) {
     json["layer"] = vma.layer;
     json["offset"] = vma.offset.value;
   }
+  for (const ManifestDelta& delta : vma.deltas) {
+    json["deltas"].push_back({{"layer", delta.layer}, {"offset", delta.offset.value}});
+  }
   return json;
 }
 
@@ -126,20 +142,26 @@ Json ToJson(const Manifest& manifest) {
   for (const ManifestTask& task : manifest.tasks) tasks.push_back(ToJson(task));
   Json layers = Json::array();
   for (const ManifestLayer& layer : manifest.layers) layers.push_back(ToJson(layer));
-  return {{"format", kFormatName},
-          {"format_version", kFormatVersion},
-          {"checkpoint_id", manifest.checkpoint_id},
-          {"parent_id", manifest.parent_id ? Json(*manifest.parent_id) : Json()},
-          {"created_unix_ns", manifest.created.value},
-          {"tool_version", manifest.tool_version},
-          {"criu_version", manifest.criu_version},
-          {"kernel_release", manifest.kernel_release},
-          {"page_size", manifest.page_size},
-          {"cpu_features", manifest.cpu_features},
-          {"root_vpid", manifest.root_vpid},
-          {"tasks", std::move(tasks)},
-          {"layers", std::move(layers)},
-          {"totals", ToJson(manifest.Totals())}};
+  Json json = {{"format", kFormatName},
+               {"format_version", kFormatVersion},
+               {"checkpoint_id", manifest.checkpoint_id},
+               {"parent_id", manifest.parent_id ? Json(*manifest.parent_id) : Json()},
+               {"created_unix_ns", manifest.created.value},
+               {"tool_version", manifest.tool_version},
+               {"criu_version", manifest.criu_version},
+               {"kernel_release", manifest.kernel_release},
+               {"page_size", manifest.page_size},
+               {"cpu_features", manifest.cpu_features},
+               {"root_vpid", manifest.root_vpid},
+               {"tasks", std::move(tasks)},
+               {"layers", std::move(layers)},
+               {"totals", ToJson(manifest.Totals())}};
+  if (manifest.kind != ImageKind::kProcess) json["kind"] = ImageKindName(manifest.kind);
+  if (manifest.user_data) {
+    json["user_data"] = {{"bytes", manifest.user_data->size.value},
+                         {"xxh3", fmt::format("{:016x}", manifest.user_data->hash)}};
+  }
+  return json;
 }
 
 // --- Reading -------------------------------------------------------------------------------------
@@ -163,18 +185,38 @@ std::string Id(ObjectReader& object, const char* key) {
   return id;
 }
 
-void ReadPlace(ObjectReader& object, const Manifest& manifest, ManifestVma& vma) {
-  vma.layer = static_cast<uint32_t>(object.Number("layer", kMaxLayers));
-  vma.offset = FileOffset(object.Number("offset", kMaxLayerSize));
-  if (vma.layer >= manifest.layers.size()) return object.Fail("layer", "names no layer");
-  if (vma.offset.value % kHugePageSize != vma.range.begin.value % kHugePageSize) {
-    return object.Fail("offset", "does not fit the address modulo 2 MiB");
+// Members `layer` and `offset`: where the pages of `range` are.
+ManifestDelta ReadPlace(ObjectReader& object, const Manifest& manifest, VaddrRange range) {
+  ManifestDelta place;
+  place.layer = static_cast<uint32_t>(object.Number("layer", kMaxLayers));
+  place.offset = FileOffset(object.Number("offset", kMaxLayerSize));
+  if (place.layer >= manifest.layers.size()) {
+    object.Fail("layer", "names no layer");
+    return place;
   }
-  const uint64_t size = manifest.layers[vma.layer].pages_size.value;
-  if (vma.range.end.value > kAddressLimit || vma.offset.value > size ||
-      vma.range.size().value > size - vma.offset.value) {
+  if (place.offset.value % kHugePageSize != range.begin.value % kHugePageSize) {
+    object.Fail("offset", "does not fit the address modulo 2 MiB");
+  }
+  const uint64_t size = manifest.layers[place.layer].pages_size.value;
+  if (range.end.value > kAddressLimit || place.offset.value > size ||
+      range.size().value > size - place.offset.value) {
     object.Fail("offset", "lies beyond the end of the layer");
   }
+  return place;
+}
+
+void ReadDeltas(ParseContext& context, ObjectReader& object, const Manifest& manifest,
+                ManifestVma& vma) {
+  std::set<uint32_t> layers = {vma.layer};
+  for (const auto& element : object.Array("deltas", kMaxDeltas)) {
+    if (!context.ok()) return;
+    ObjectReader delta(context, element,
+                       fmt::format("{}[{}]", object.Path("deltas"), vma.deltas.size()));
+    vma.deltas.push_back(ReadPlace(delta, manifest, vma.range));
+    if (!layers.insert(vma.deltas.back().layer).second) delta.Fail("layer", "came before");
+    delta.Close();
+  }
+  if (vma.deltas.empty()) object.Fail("deltas", "is empty");
 }
 
 ManifestVma ReadVma(ParseContext& context, const nlohmann::json& json, std::string where,
@@ -195,7 +237,12 @@ ManifestVma ReadVma(ParseContext& context, const nlohmann::json& json, std::stri
   if (!kind) object.Fail("kind", "is not one this format knows");
   vma.kind = kind.value_or(VmaKind::kNone);
   vma.data = Bytes(object.Number("data_bytes", vma.range.size().value));
-  if (vma.kind == VmaKind::kMapped) ReadPlace(object, manifest, vma);
+  if (vma.kind == VmaKind::kMapped) {
+    const ManifestDelta place = ReadPlace(object, manifest, vma.range);
+    vma.layer = place.layer;
+    vma.offset = place.offset;
+    if (object.Has("deltas")) ReadDeltas(context, object, manifest, vma);
+  }
   object.Close();
   return vma;
 }
@@ -260,7 +307,35 @@ void ReadTotals(ParseContext& context, ObjectReader& object, const Manifest& man
   if (context.ok() && read != manifest.Totals()) context.Fail("totals do not add up");
 }
 
+// What an image of memory ranges consists of, and nothing else.
+void CheckMemoryImage(ObjectReader& object, const Manifest& manifest) {
+  if (manifest.tasks.size() != 1 || manifest.tasks[0].vpid != kMemoryTask) {
+    return object.Fail("tasks", "of an image of memory are one, with vpid 1");
+  }
+  for (const ManifestVma& vma : manifest.tasks[0].vmas) {
+    if (vma.kind != VmaKind::kMapped) {
+      return object.Fail("tasks[0].vmas", "of an image of memory are all mapped");
+    }
+  }
+}
+
+void ReadOptionalMembers(ParseContext& context, ObjectReader& object, Manifest& manifest) {
+  if (object.Has("kind")) {
+    const auto kind = ImageKindOf(object.Text("kind"));
+    if (!kind) object.Fail("kind", "is not one this format knows");
+    manifest.kind = kind.value_or(ImageKind::kProcess);
+  }
+  if (object.Has("user_data")) {
+    ObjectReader data(context, object.Member("user_data"), "user_data");
+    manifest.user_data.emplace();
+    manifest.user_data->size = Bytes(data.Number("bytes", kMaxUserData.value));
+    manifest.user_data->hash = data.Hex("xxh3", false);
+    data.Close();
+  }
+}
+
 void ReadMembers(ParseContext& context, ObjectReader& object, Manifest& manifest) {
+  ReadOptionalMembers(context, object, manifest);
   manifest.checkpoint_id = Id(object, "checkpoint_id");
   manifest.parent_id = object.TextOrNull("parent_id");
   if (manifest.parent_id && !IsValidId(*manifest.parent_id)) {
@@ -283,6 +358,7 @@ void ReadMembers(ParseContext& context, ObjectReader& object, Manifest& manifest
         ReadLayer(context, element, fmt::format("layers[{}]", manifest.layers.size())));
   }
   ReadTasks(context, object, manifest);
+  if (context.ok() && manifest.kind == ImageKind::kMemory) CheckMemoryImage(object, manifest);
   ReadTotals(context, object, manifest);
 }
 
@@ -297,8 +373,9 @@ Result<> CheckFormat(const nlohmann::json& json, const std::string& name) {
     return UserError("{} is damaged: it has no format_version", name);
   }
   if (*version != kFormatVersion) {
-    return UserError("{}: format version {} is not one this unmoor ({}) reads", name,
-                     version->get<uint64_t>(), kFormatVersion);
+    return Failure(Error(ErrorKind::kUser, EOPNOTSUPP,
+                         fmt::format("{}: format version {} is not one this unmoor ({}) reads",
+                                     name, version->get<uint64_t>(), kFormatVersion)));
   }
   return {};
 }
@@ -397,6 +474,32 @@ Result<Manifest> ReadManifest(const std::string& dir) {
   if (text) return ParseManifest(*text, path);
   if (!Exists(path)) return NotAnImage(dir);
   return Failure(std::move(text).error());
+}
+
+Result<ManifestUserData> WriteUserData(const std::string& dir, std::string_view bytes) {
+  if (bytes.size() > kMaxUserData.value) {
+    return UserError("{} of user data; an image holds at most {}", HumanBytes(Bytes(bytes.size())),
+                     HumanBytes(kMaxUserData));
+  }
+  const std::string path = UserDataPath(dir);
+  UNMOOR_ASSIGN(const Fd fd, OpenFile(path, O_WRONLY | O_CREAT | O_EXCL, 0600));
+  UNMOOR_TRY(WriteStream(fd.get(), std::as_bytes(std::span(bytes)), path));
+  return ManifestUserData{Bytes(bytes.size()), XXH3_64bits(bytes.data(), bytes.size())};
+}
+
+Result<std::string> ReadUserData(const std::string& dir, const ManifestUserData& entry) {
+  const std::string path = UserDataPath(dir);
+  if (!Exists(path)) return UserError("{} is missing; the image is not complete", path);
+  UNMOOR_ASSIGN(std::string bytes, ReadFile(path, kMaxUserData));
+  if (bytes.size() != entry.size.value) {
+    return UserError("{} {}: it has {} bytes, not {}", path,
+                     bytes.size() < entry.size.value ? "is truncated" : "has bytes too many",
+                     bytes.size(), entry.size.value);
+  }
+  if (XXH3_64bits(bytes.data(), bytes.size()) != entry.hash) {
+    return UserError("{} is damaged: it does not match its hash", path);
+  }
+  return bytes;
 }
 
 }  // namespace unmoor

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/result.h"
@@ -17,10 +18,22 @@
 
 namespace unmoor {
 
+enum class ImageKind {
+  kProcess,  // a CRIU checkpoint: everything a process tree consists of
+  kMemory,   // memory ranges of one process, made by the library: one task, no criu/
+};
+
 enum class VmaKind {
   kMapped,  // its pages are in a layer and can be direct-mapped
   kCriu,    // its pages (if any) are in CRIU's pages images
   kNone,    // CRIU recreates it without any pages of ours or its own
+};
+
+// A layer whose segments lie over those of the layers below it.
+struct ManifestDelta {
+  uint32_t layer = 0;  // index into Manifest::layers
+  FileOffset offset;   // of the VMA's first page in that layer
+  bool operator==(const ManifestDelta&) const = default;
 };
 
 struct ManifestVma {
@@ -29,9 +42,10 @@ struct ManifestVma {
   std::vector<std::string> flags;  // two-letter names of smaps' VmFlags
   std::string name;
   VmaKind kind = VmaKind::kNone;
-  uint32_t layer = 0;  // kMapped: index into Manifest::layers
-  FileOffset offset;   // kMapped: of the VMA's extent
-  Bytes data;          // bytes of pages saved, wherever they are
+  uint32_t layer = 0;                      // kMapped: index into Manifest::layers
+  FileOffset offset;                       // kMapped: of the VMA's first page in it
+  Bytes data;                              // bytes of pages saved, wherever they are
+  std::vector<ManifestDelta> deltas = {};  // kMapped: over `layer`, lowest first
   bool operator==(const ManifestVma&) const = default;
 };
 
@@ -53,6 +67,13 @@ struct ManifestLayer {
   bool operator==(const ManifestLayer&) const = default;
 };
 
+// DIR/user_data, what a program keeps with its memory.
+struct ManifestUserData {
+  Bytes size;
+  uint64_t hash = 0;  // XXH3-64
+  bool operator==(const ManifestUserData&) const = default;
+};
+
 // Summed up from the tasks and layers; stored in the file for readers of it, checked at parse.
 struct ManifestTotals {
   uint64_t tasks = 0;
@@ -64,6 +85,7 @@ struct ManifestTotals {
 };
 
 struct Manifest {
+  ImageKind kind = ImageKind::kProcess;
   std::string checkpoint_id;  // NewId()
   std::optional<std::string> parent_id;
   Nanos created;  // since 1970, UTC
@@ -75,6 +97,7 @@ struct Manifest {
   uint32_t root_vpid = 0;
   std::vector<ManifestTask> tasks;
   std::vector<ManifestLayer> layers;
+  std::optional<ManifestUserData> user_data;
 
   [[nodiscard]] ManifestTotals Totals() const;
   bool operator==(const Manifest&) const = default;
@@ -90,6 +113,13 @@ struct Manifest {
 // Reads DIR/manifest.json. Says what DIR is when it is no image: missing, no directory, empty, a
 // stock CRIU directory, something else.
 [[nodiscard]] Result<Manifest> ReadManifest(const std::string& dir);
+
+// DIR/user_data: written (it must not exist) with the manifest's entry for it; read and compared
+// with that entry.
+[[nodiscard]] Result<ManifestUserData> WriteUserData(const std::string& dir,
+                                                     std::string_view bytes);
+[[nodiscard]] Result<std::string> ReadUserData(const std::string& dir,
+                                               const ManifestUserData& entry);
 
 // This machine, for the manifest and to compare with one.
 struct HostFacts {

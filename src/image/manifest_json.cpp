@@ -38,6 +38,10 @@ const nlohmann::json& ObjectReader::Member(const char* key) {
   return *found;
 }
 
+bool ObjectReader::Has(const char* key) const {
+  return context_.ok() && object_.contains(key);
+}
+
 std::string ObjectReader::Text(const char* key, size_t limit) {
   const nlohmann::json& value = Member(key);
   if (value.is_string() && value.get_ref<const std::string&>().size() <= limit) {

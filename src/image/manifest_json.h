@@ -30,6 +30,8 @@ class ObjectReader {
 
   [[nodiscard]] std::string Text(const char* key, size_t limit = 65536);
   [[nodiscard]] std::optional<std::string> TextOrNull(const char* key);
+  // Whether an optional member is there.
+  [[nodiscard]] bool Has(const char* key) const;
   [[nodiscard]] uint64_t Number(const char* key, uint64_t limit);
   // "0x…" or a fixed number of digits.
   [[nodiscard]] uint64_t Hex(const char* key, bool prefixed);

@@ -143,7 +143,8 @@ bool IsCheckpointDirectory(const std::string& dir) {
   const auto names = ListDirectory(dir);
   if (!names || !std::ranges::binary_search(*names, "manifest.json")) return false;
   const bool known = std::ranges::all_of(*names, [](const std::string& name) {
-    return name == "manifest.json" || name == "criu" || name == "layers" || name.ends_with(".log");
+    return name == "manifest.json" || name == "criu" || name == "layers" || name == "user_data" ||
+           name.ends_with(".log");
   });
   if (!known) return false;
   const auto text = ReadFile(ManifestPath(dir));
@@ -195,13 +196,13 @@ Result<> Publisher::MoveIntoPlace() {
                    target_);
 }
 
-Result<> Publisher::Publish() {
+Result<> Publisher::Publish(bool sync) {
   UNMOOR_CHECK(!partial_.empty());
   UNMOOR_TRY(FaultPoint("publish.before_sync"));
-  UNMOOR_TRY(SyncTree(partial_));
+  if (sync) UNMOOR_TRY(SyncTree(partial_));
   UNMOOR_TRY(FaultPoint("publish.before_rename"));
   UNMOOR_TRY(MoveIntoPlace());
-  UNMOOR_TRY(SyncPath(parent_));
+  if (sync) UNMOOR_TRY(SyncPath(parent_));
   UNMOOR_TRY(FaultPoint("publish.after_rename"));
   UNMOOR_TRY(RemoveTree(partial_));
   partial_.clear();

@@ -35,8 +35,9 @@ class Publisher {
   // Absolute path where it will be.
   [[nodiscard]] const std::string& target() const { return target_; }
 
-  // Once. After an error before the rename DIR is as it was.
-  [[nodiscard]] Result<> Publish();
+  // Once. After an error before the rename DIR is as it was. Without `sync` nothing is flushed: the
+  // checkpoint is complete for every process, but may not survive a crash of the machine.
+  [[nodiscard]] Result<> Publish(bool sync = true);
 
  private:
   Publisher() = default;

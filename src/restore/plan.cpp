@@ -20,10 +20,29 @@ std::vector<std::map<ExtentKey, const Extent*>> IndexExtents(std::span<const Lay
   return index;
 }
 
+// What this restore does not know how to bring back.
+Result<> CheckRestorable(const Manifest& manifest, const std::string& directory) {
+  if (manifest.kind == ImageKind::kMemory) {
+    return UserError(
+        "{} is an image of memory made by a program with libunmoor, not of a process; only a "
+        "program that maps it can use it",
+        directory);
+  }
+  for (const ManifestTask& task : manifest.tasks) {
+    for (const ManifestVma& vma : task.vmas) {
+      if (vma.deltas.empty()) continue;
+      return UserError("{}: {} of task {} is stored as deltas, which this unmoor cannot restore",
+                       directory, vma.range, task.vpid);
+    }
+  }
+  return {};
+}
+
 }  // namespace
 
 Result<RestorePlan> PlanRestore(const Manifest& manifest, std::span<const LayerInfo> layers,
                                 const std::string& directory) {
+  UNMOOR_TRY(CheckRestorable(manifest, directory));
   if (layers.size() != manifest.layers.size()) {
     return UserError("{}: {} layers opened, the manifest names {}", directory, layers.size(),
                      manifest.layers.size());

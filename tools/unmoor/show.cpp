@@ -123,12 +123,35 @@ void ShowJson(const std::string& directory, const Manifest& manifest,
                              {"criu_bytes", totals.criu_data.value}}},
                            {"tasks", std::move(tasks)},
                            {"layers", std::move(list)}};
+  object["kind"] = manifest.kind == ImageKind::kMemory ? "memory" : "process";
   if (manifest.parent_id) object["parent_id"] = *manifest.parent_id;
+  if (manifest.user_data) object["user_data_bytes"] = manifest.user_data->size.value;
   PrintJson(object);
 }
 
-void ShowText(const std::string& directory, const Manifest& manifest,
-              const std::vector<ShownLayer>& layers, bool with_vmas) {
+// Ranges of memory instead of tasks.
+std::string MemoryText(const std::string& directory, const Manifest& manifest) {
+  const ManifestTotals totals = manifest.Totals();
+  std::string text =
+      fmt::format("{}\n  image of memory {}, {}\n  made by {} with libunmoor {}, kernel {}\n",
+                  directory, manifest.checkpoint_id, Date(manifest.created), manifest.tasks[0].comm,
+                  manifest.tool_version, manifest.kernel_release);
+  if (manifest.parent_id) text += fmt::format("  made after {}\n", *manifest.parent_id);
+  text += fmt::format("  {} in layers, {} of addresses, {} of user data\n",
+                      HumanBytes(totals.layer_data), HumanBytes(totals.mapped),
+                      HumanBytes(manifest.user_data ? manifest.user_data->size : Bytes(0)));
+  text += "\nranges\n";
+  for (const ManifestVma& vma : manifest.tasks[0].vmas) {
+    text += fmt::format("  {} {} {:>10} of {:>10}", vma.range, Protection(vma.prot),
+                        HumanBytes(vma.data), HumanBytes(vma.range.size()));
+    if (!vma.deltas.empty()) text += fmt::format("  {} deltas", vma.deltas.size());
+    text += "\n";
+  }
+  if (manifest.tasks[0].vmas.empty()) text += "  none\n";
+  return text;
+}
+
+std::string ProcessText(const std::string& directory, const Manifest& manifest, bool with_vmas) {
   const ManifestTotals totals = manifest.Totals();
   std::string text =
       fmt::format("{}\n  checkpoint {}, {}\n  unmoor {}, criu {}, kernel {}\n", directory,
@@ -158,6 +181,14 @@ void ShowText(const std::string& directory, const Manifest& manifest,
                           HumanBytes(vma.range.size()), vma.name.empty() ? "" : "  ", vma.name);
     }
   }
+  return text;
+}
+
+void ShowText(const std::string& directory, const Manifest& manifest,
+              const std::vector<ShownLayer>& layers, bool with_vmas) {
+  std::string text = manifest.kind == ImageKind::kMemory
+                         ? MemoryText(directory, manifest)
+                         : ProcessText(directory, manifest, with_vmas);
   text += "\nlayers\n";
   for (const ShownLayer& layer : layers) {
     text += fmt::format("  {}  {:>10} of pages, {:>10} on disk, {} extents, {} segments\n",

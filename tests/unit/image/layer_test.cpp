@@ -83,6 +83,30 @@ TEST(Layer, PageImageHasHolesForZeroPages) {
   ASSERT_OK(reader->VerifyAll());
 }
 
+TEST(Layer, PagesOfZerosAreKeptInALayerThatLiesOverOthers) {
+  const TemporaryDirectory dir;
+  const VaddrRange vma = Pages(0x600000000000, 64);
+  auto writer = LayerWriter::Create(dir.path(), kTestLayerId, WriteBack::kLater, ZeroPages::kKeep);
+  ASSERT_OK(writer);
+  ASSERT_OK(writer->AddTask(1, std::vector{vma}));
+  std::vector<std::byte> pages(8 * kPageSize);
+  std::fill_n(pages.begin() + 2 * kPageSize, kPageSize, std::byte{1});
+  ASSERT_OK(writer->Write(1, vma.begin + Bytes(14 * kPageSize), pages));
+  ASSERT_OK(
+      writer->Write(1, vma.begin + Bytes(40 * kPageSize), std::span(pages).first(2 * kPageSize)));
+  const auto info = writer->Finish(true);
+  ASSERT_OK(info);
+  EXPECT_EQ(info->data_bytes.value, 10 * kPageSize);
+  ASSERT_EQ(info->segments.size(), 2u);
+  EXPECT_EQ(info->segments[0].range, Pages(vma.begin.value + 14 * kPageSize, 8));
+  auto reader = OpenTestLayer(dir.path());
+  ASSERT_OK(reader);
+  EXPECT_EQ(reader->segments(), info->segments);
+  EXPECT_EQ(ReadAt(*reader, info->segments[0].offset, 8), pages);
+  ASSERT_OK(reader->LoadHashes());
+  ASSERT_OK(reader->VerifyAll());
+}
+
 TEST(Layer, GrowthGapReadsZero) {
   const TemporaryDirectory dir;
   const auto info = MakeTestLayer(dir.path());

@@ -5,6 +5,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "image/publisher.h"
 #include "image_fixture.h"
 
 namespace unmoor {
@@ -128,6 +129,59 @@ TEST_F(ManifestTest, UnknownMissingAndMistypedMembersAreRefused) {
             "m.json: layers[0] is not an object");
   EXPECT_EQ(ErrorOf(Resealed(text_, "\"tasks\": 2", "\"tasks\": 3")),
             "m.json: totals do not add up");
+}
+
+// The manifest of an image of memory with a delta; `change` may spoil it.
+template <class Change>
+std::string MemoryManifestError(Manifest manifest, Change change) {
+  manifest.kind = ImageKind::kMemory;
+  manifest.criu_version.clear();
+  manifest.tasks.resize(1);
+  manifest.tasks[0].vpid = manifest.root_vpid = kMemoryTask;
+  manifest.tasks[0].vmas.resize(2);
+  manifest.layers.push_back(manifest.layers[0]);
+  manifest.tasks[0].vmas[0].deltas = {{1, manifest.tasks[0].vmas[0].offset}};
+  manifest.user_data = ManifestUserData{Bytes(5), 17};
+  change(manifest);
+  const auto text = EncodeManifest(manifest);
+  if (!text) return text.error().message();
+  const auto parsed = ParseManifest(*text, "m.json");
+  return !parsed ? parsed.error().message() : *parsed == manifest ? "" : "read differently";
+}
+
+TEST_F(ManifestTest, MemoryImagesAndDeltasAreReadAsWritten) {
+  EXPECT_EQ(MemoryManifestError(manifest_, [](Manifest&) {}), "");
+}
+
+TEST_F(ManifestTest, InconsistentMemoryImagesAndDeltasAreRefused) {
+  const auto error = [&](auto change) { return MemoryManifestError(manifest_, change); };
+  EXPECT_NE(error([](Manifest& m) { m.tasks.push_back(m.tasks[0]); }), "");
+  EXPECT_NE(error([](Manifest& m) { m.tasks[0].vpid = m.root_vpid = 2; }), "");
+  EXPECT_NE(error([](Manifest& m) { m.tasks[0].vmas[1].kind = VmaKind::kCriu; }), "");
+  EXPECT_NE(error([](Manifest& m) { m.tasks[0].vmas[0].deltas[0].layer = 0; }), "");
+  EXPECT_NE(error([](Manifest& m) { m.tasks[0].vmas[0].deltas[0].layer = 2; }), "");
+  EXPECT_NE(error([](Manifest& m) {
+              auto& offset = m.tasks[0].vmas[0].deltas[0].offset;
+              offset = offset + Bytes(4096);
+            }),
+            "");
+  EXPECT_NE(
+      error([](Manifest& m) { m.tasks[0].vmas[0].deltas[0].offset = FileOffset(kMaxLayerSize); }),
+      "");
+  EXPECT_NE(error([](Manifest& m) { m.user_data->size = kMaxUserData + Bytes(1); }), "");
+}
+
+TEST_F(ManifestTest, UserDataIsComparedWithItsHash) {
+  const auto entry = WriteUserData(dir_.path(), "roots\n");
+  ASSERT_OK(entry);
+  EXPECT_EQ(ReadUserData(dir_.path(), *entry).value(), "roots\n");
+  EXPECT_TRUE(IsCheckpointDirectory(dir_.path()));
+  ASSERT_OK(WriteFile(UserDataPath(dir_.path()), "Roots\n"));
+  EXPECT_FALSE(ReadUserData(dir_.path(), *entry));
+  ASSERT_OK(WriteFile(UserDataPath(dir_.path()), "roots"));
+  EXPECT_FALSE(ReadUserData(dir_.path(), *entry));
+  ASSERT_OK(RemoveFile(UserDataPath(dir_.path())));
+  EXPECT_FALSE(ReadUserData(dir_.path(), *entry));
 }
 
 TEST_F(ManifestTest, SaysWhatADirectoryIs) {

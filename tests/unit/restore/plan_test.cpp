@@ -53,6 +53,23 @@ TEST(RestorePlan, MapsEachMappedVmaAtItsOffset) {
   EXPECT_TRUE(plan->stopped.empty());
 }
 
+TEST(RestorePlan, AnImageOfMemoryIsNotRestored) {
+  Checkpoint checkpoint = OneMappedVma();
+  checkpoint.manifest.kind = ImageKind::kMemory;
+  const auto plan = PlanRestore(checkpoint.manifest, checkpoint.layers, "/image");
+  ASSERT_FALSE(plan);
+  EXPECT_EQ(plan.error().kind(), ErrorKind::kUser);
+  EXPECT_THAT(plan.error().message(), HasSubstr("/image is an image of memory"));
+}
+
+TEST(RestorePlan, DeltasAreNotRestoredYet) {
+  Checkpoint checkpoint = OneMappedVma();
+  checkpoint.manifest.tasks[0].vmas[0].deltas = {{0, FileOffset(0x200000)}};
+  const auto plan = PlanRestore(checkpoint.manifest, checkpoint.layers, "/image");
+  ASSERT_FALSE(plan);
+  EXPECT_THAT(plan.error().message(), HasSubstr("stored as deltas"));
+}
+
 TEST(RestorePlan, RemembersWhoWasStopped) {
   Checkpoint checkpoint = OneMappedVma();
   checkpoint.manifest.tasks[0].state = "stopped";
