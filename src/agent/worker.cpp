@@ -76,23 +76,49 @@ bool Worker::AnotherWorkerIsAlive() const {
 }
 
 Result<> Worker::StopAndInject() {
-  bool changed = false;
-  const auto drain = [&]() -> Result<> {
-    while (old_uffd_.valid()) {
-      UNMOOR_TRY(KnowChildren());
-      UNMOOR_ASSIGN(auto event, ReadUffdEvent(old_uffd_.get()));
-      if (!event) return {};
-      if (event->kind == UffdEvent::Kind::kRemove) given_back_.push_back(event->range);
-      NoteEvent(*event, changed);
-    }
-    return {};
-  };
   UNMOOR_TRY(WaitForEarlierHelpers());
   UNMOOR_TRY(KnowChildren());
-  UNMOOR_TRY(stop_.Stop(kStopTogether, drain));
-  const auto injected = InjectStopped();
+  Result<> injected = stop_.Stop(kStopTogether, [this] { return DrainOldEvents(); });
+  if (injected) injected = InjectStopped();
+  if (!injected) {
+    // Their threads believe to have given these ranges back, and are about to run.
+    for (const VaddrRange range : given_back_) (void)OverwriteImage(range);
+  }
+  given_back_.clear();
   stop_.Release();
   return injected;
+}
+
+// The events of before, for the sake of the threads that wait for one to be read, and only when no
+// other thread is left that does not stop: what they say can be made true only once we are inside.
+Result<> Worker::DrainOldEvents() {
+  if (!old_uffd_.valid()) return {};
+  UNMOOR_ASSIGN(const ThreadCalls calls, ReadThreadCalls(pid_));
+  if (calls.stopped + calls.waiting_for_event() < calls.threads) return {};
+  UNMOOR_TRY(KnowChildren());
+  UNMOOR_ASSIGN(auto event, ReadUffdEvent(old_uffd_.get()));
+  if (!event) return {};
+  if (event->kind == UffdEvent::Kind::kRemove) given_back_.push_back(event->range);
+  bool changed = false;
+  NoteEvent(*event, changed);
+  return {};
+}
+
+// Zeros in place of what an image shows in `range`, from outside; for when nothing of ours is
+// inside the program. Every thread of it is stopped.
+Result<> Worker::OverwriteImage(VaddrRange range) const {
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid_));
+  const std::vector<std::byte> zeros(size_t{1} << 20);
+  for (const VmaInfo& vma : vmas) {
+    if (!MapsPageImage(vma)) continue;
+    const VaddrRange shown = vma.range.Intersect(range);
+    for (Vaddr at = shown.begin; at < shown.end;) {
+      const auto part = std::span(zeros).first(std::min(zeros.size(), (shown.end - at).value));
+      UNMOOR_TRY(ForceWriteMemory(pid_, at, part));
+      at = at + Bytes(part.size());
+    }
+  }
+  return {};
 }
 
 // With every thread of the program stopped.
@@ -210,10 +236,12 @@ Result<> Worker::RemoveTraces() {
     UNMOOR_TRY(ReadUffdEvent(uffd_.get()));  // nothing is watched any more; nobody may wait
     return {};
   };
-  UNMOOR_TRY(stop_.Stop(kStopTogether, let_go));
-  const auto leftovers = FindLeftovers(pid_);
-  const auto removed = leftovers ? RemoveHelperTraces(pid_, stop_.threads(), *leftovers)
-                                 : Result<>(Failure(leftovers.error()));
+  Result<> removed = stop_.Stop(kStopTogether, let_go);
+  if (removed) {
+    const auto leftovers = FindLeftovers(pid_);
+    removed = leftovers ? RemoveHelperTraces(pid_, stop_.threads(), *leftovers)
+                        : Result<>(Failure(leftovers.error()));
+  }
   stop_.Release();
   return removed;
 }

@@ -85,6 +85,8 @@ class Worker final : public Carrier {
 
   [[nodiscard]] bool AnotherWorkerIsAlive() const;
   [[nodiscard]] Result<> StopAndInject();
+  [[nodiscard]] Result<> DrainOldEvents();
+  [[nodiscard]] Result<> OverwriteImage(VaddrRange range) const;
   [[nodiscard]] Result<> InjectStopped();
   [[nodiscard]] Result<> RemoveTraces();
   [[nodiscard]] Result<PlannedArea> PlanArea(Area area);

@@ -34,10 +34,13 @@ constexpr Bytes kConvertAtOnce(uint64_t{32} << 20);
 constexpr Bytes kHeapReach(uint64_t{1} << 40);
 constexpr Nanos kHoldLimit(100'000'000);
 constexpr int kEventsAtOnce = 16;
+constexpr int kBlindLooks = 20;
 
+// Its thread waits for the event to be read: one that still waits for the address space's lock would
+// go by the range while it is not registered, and find the image.
 bool GivesMemoryBack(const BlockedCall& call) {
   constexpr uint64_t kDontNeed = 4, kFree = 8, kDontNeedLocked = 24;
-  return call.number == SYS_madvise &&
+  return call.waits_for_event && call.number == SYS_madvise &&
          (call.args[2] == kDontNeed || call.args[2] == kFree || call.args[2] == kDontNeedLocked);
 }
 
@@ -112,7 +115,7 @@ Result<> Worker::HoldProgram(bool& changed) {
 
 Result<> Worker::StopAndRead(HeldEvents& events, bool& changed) {
   const Nanos began = MonotonicNow();
-  for (;;) {
+  for (int blind_looks = 0;;) {
     OpList hold;
     hold.Hold(helper_tasks_, Nanos(30'000), nested_);
     UNMOOR_ASSIGN(const int64_t late, link_.Must(hold, "cannot stop the program's threads"));
@@ -124,6 +127,8 @@ Result<> Worker::StopAndRead(HeldEvents& events, bool& changed) {
     }
     if (!waiting) continue;
     UNMOOR_ASSIGN(const ThreadCalls calls, ReadThreadCalls(pid_));
+    // The oldest event is that of a thread already asleep, unless the kernel doesn't tell.
+    if (calls.waiting_for_event() == 0 && ++blind_looks < kBlindLooks) continue;
     // As in HandleEvents: what is true before the event is read stays true if we are killed now.
     UNMOOR_TRY(DropWhatIsGivenBack(calls));
     UNMOOR_TRY(KnowChildren());
@@ -203,8 +208,10 @@ Result<> Worker::DropImagePart(VaddrRange part, int prot) {
   const auto wished = [&](const char* flag) {
     return wish != images_.end() && wish->HasFlag(flag);
   };
-  UNMOOR_TRY(UffdUnregister(uffd_.get(), part));
+  // One list, which the helper finishes even if we are killed. Unregistered first: the mapping would
+  // otherwise wait for us to read its event.
   OpList ops;
+  ops.Ioctl(helper_uffd_, UFFDIO_UNREGISTER, {part.begin.value, part.size().value, 0, 0, 0});
   ops.Syscall(SYS_mmap, {part.begin.value, part.size().value, static_cast<uint64_t>(prot),
                          static_cast<uint64_t>(MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED |
                                                (wished("nr") ? MAP_NORESERVE : 0)),
@@ -212,9 +219,13 @@ Result<> Worker::DropImagePart(VaddrRange part, int prot) {
   for (const FlagAdvice& f : kFlagAdvice) {
     if (wished(f.flag)) AddAdvice(ops, part, f.advice);
   }
+  ops.Ioctl(helper_uffd_, UFFDIO_REGISTER,
+            {part.begin.value, part.size().value, UFFDIO_REGISTER_MODE_WP, 0, 0});
   const auto replaced = link_.Must(ops, "cannot give memory back inside the program");
-  UNMOOR_TRY(UffdRegister(uffd_.get(), part, UffdMode::kWriteProtect));
-  UNMOOR_TRY(replaced);
+  if (!replaced) {
+    UNMOOR_TRY(UffdRegister(uffd_.get(), part, UffdMode::kWriteProtect));
+    return Failure(replaced.error());
+  }
   dropped_.Insert(part);
   dropped_bytes_ += part.size();
   return {};

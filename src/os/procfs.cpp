@@ -175,14 +175,32 @@ Result<SignalSets> ReadSignalSets(Pid pid) {
   return sets;
 }
 
+size_t ThreadCalls::waiting_for_event() const {
+  return static_cast<size_t>(std::ranges::count_if(blocked, &BlockedCall::waits_for_event));
+}
+
+namespace {
+
+// The state letter of a thread's stat: what follows the name, which may hold anything.
+char ThreadState(const std::string& directory) {
+  const auto stat = ReadFile(directory + "/stat");
+  const size_t name_end = stat ? stat->rfind(')') : std::string::npos;
+  return name_end == std::string::npos || name_end + 2 >= stat->size() ? '?'
+                                                                       : (*stat)[name_end + 2];
+}
+
+}  // namespace
+
 Result<ThreadCalls> ReadThreadCalls(Pid pid) {
   UNMOOR_ASSIGN(const std::vector<Pid> threads, ReadThreads(pid));
   ThreadCalls calls;
   for (const Pid thread : threads) {
-    const auto text = ReadFile(fmt::format("/proc/{}/task/{}/syscall", pid.value, thread.value));
+    const std::string directory = fmt::format("/proc/{}/task/{}", pid.value, thread.value);
+    const auto text = ReadFile(directory + "/syscall");
     if (!text) continue;  // that thread ended
     std::string_view rest = *text;
     ++calls.threads;
+    if (ThreadState(directory) == 't') ++calls.stopped;
     BlockedCall call;
     // "running", or "-1" where it sleeps outside a system call.
     if (!Parse(NextWord(rest), 10, call.number)) continue;
@@ -190,6 +208,8 @@ Result<ThreadCalls> ReadThreadCalls(Pid pid) {
       const std::string_view word = NextWord(rest);
       if (word.starts_with("0x")) Parse(word.substr(2), 16, arg);
     }
+    const auto waits_in = ReadFile(directory + "/wchan");
+    call.waits_for_event = waits_in && waits_in->starts_with("userfaultfd_event_wait");
     calls.blocked.push_back(call);
   }
   return calls;

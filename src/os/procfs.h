@@ -66,10 +66,15 @@ struct SignalSets {
 struct BlockedCall {
   uint64_t number = 0;
   uint64_t args[6] = {};
+  // In that call it waits for its userfaultfd event to be read (as /proc/PID/task/TID/wchan says;
+  // false where the kernel doesn't tell).
+  bool waits_for_event = false;
 };
 struct ThreadCalls {
   std::vector<BlockedCall> blocked;
   size_t threads = 0;  // blocked or not
+  size_t stopped = 0;  // of these, by a tracer
+  [[nodiscard]] size_t waiting_for_event() const;
 };
 [[nodiscard]] Result<ThreadCalls> ReadThreadCalls(Pid pid);
 

@@ -318,7 +318,6 @@ Result<> ProgramStop::Stop(Nanos limit, const std::function<Result<>()>& on_late
     if (quiet || found) continue;
     if (MonotonicNow() - began > limit) {
       const Pid thread = late->thread();
-      Release();
       return Failure(Error(ErrorKind::kMachine, EAGAIN,
                            fmt::format("thread {} of process {} does not stop (in a slow disk "
                                        "transfer, or a long vfork?)",
