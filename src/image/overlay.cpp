@@ -75,14 +75,14 @@ Result<std::vector<OverlayRun>> Overlay::Segments(uint32_t vpid, VaddrRange rang
 
 Result<VmaPages> Overlay::Resolve(uint32_t vpid, const ManifestVma& vma) const {
   VmaPages pages;
-  UNMOOR_ASSIGN(const std::vector<OverlayRun> base,
-                Segments(vpid, vma.range, vma.layer, vma.offset));
+  UNMOOR_ASSIGN(pages.all, Segments(vpid, vma.range, vma.layer, vma.offset));
   for (const ManifestDelta& delta : vma.deltas) {
     UNMOOR_ASSIGN(const std::vector<OverlayRun> above,
                   Segments(vpid, vma.range, delta.layer, delta.offset));
     pages.deltas = Cover(pages.deltas, above);
   }
-  pages.data = Sum(pages.deltas.empty() ? base : Cover(base, pages.deltas));
+  if (!pages.deltas.empty()) pages.all = Cover(pages.all, pages.deltas);
+  pages.data = Sum(pages.all);
   return pages;
 }
 

@@ -27,11 +27,11 @@ struct OverlayRun {
   bool operator==(const OverlayRun&) const = default;
 };
 
+// Each page by the topmost layer that holds it; ascending, apart.
 struct VmaPages {
-  // What the deltas hold, each page by the topmost that has it: ascending, apart. Every other page
-  // comes from the VMA's own layer.
-  std::vector<OverlayRun> deltas;
-  Bytes data;  // in segments of any layer; a page counts once
+  std::vector<OverlayRun> all;     // pages in no run are zeros
+  std::vector<OverlayRun> deltas;  // those not from the VMA's own layer
+  Bytes data;                      // sum of `all`
 };
 
 // Answers for many VMAs of one manifest. `layers[i]` is the manifest's layer i; it must outlive
