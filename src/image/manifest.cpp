@@ -380,6 +380,15 @@ Result<> CheckFormat(const nlohmann::json& json, const std::string& name) {
   return {};
 }
 
+// Of another machine, not damaged.
+Result<> CheckPageSize(const nlohmann::json& json, const std::string& name) {
+  const auto size = json.find("page_size");
+  if (size == json.end() || !size->is_number_unsigned() || *size == kPageSize) return {};
+  return Failure(Error(ErrorKind::kUser, EOPNOTSUPP,
+                       fmt::format("{}: made with pages of {} bytes, page_size is not {} here",
+                                   name, size->get<uint64_t>(), kPageSize)));
+}
+
 Result<> CheckEnding(std::string_view text, const std::string& name) {
   if (text.size() >= kEndingSize) {
     const std::string_view body = text.substr(0, text.size() - kEndingSize);
@@ -451,6 +460,7 @@ Result<Manifest> ParseManifest(const std::string& text, const std::string& name)
   }
   UNMOOR_TRY(CheckFormat(json, name));
   UNMOOR_TRY(CheckEnding(text, name));
+  UNMOOR_TRY(CheckPageSize(json, name));
   ParseContext context;
   ObjectReader object(context, json, "");
   Manifest manifest;

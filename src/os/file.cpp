@@ -125,25 +125,41 @@ Result<> WriteFile(const std::string& path, std::string_view data, mode_t mode) 
   return WriteStream(fd.get(), std::as_bytes(std::span(data)), path);
 }
 
-Result<> CopyFile(const std::string& from, const std::string& to) {
-  UNMOOR_ASSIGN(const Fd in, OpenFile(from, O_RDONLY));
-  UNMOOR_ASSIGN(const struct stat info, StatFd(in.get(), from));
+namespace {
+
+Result<> CopyOpenFile(int in, const std::string& from, const std::string& to) {
+  UNMOOR_ASSIGN(const struct stat info, StatFd(in, from));
   UNMOOR_ASSIGN(const Fd out, OpenFile(to, O_WRONLY | O_CREAT | O_EXCL, info.st_mode & 0777));
   const auto size = static_cast<uint64_t>(info.st_size);
   UNMOOR_TRY(Truncate(out.get(), Bytes(size), to));
   UNMOOR_ASSIGN(const std::vector<FileRange> ranges,
-                DataRanges(in.get(), {FileOffset(0), FileOffset(size)}, from));
+                DataRanges(in, {FileOffset(0), FileOffset(size)}, from));
   std::vector<std::byte> buffer(size_t{1} << 20);
   for (const FileRange& range : ranges) {
     for (FileOffset at = range.begin; at < range.end;) {
       const auto part =
           std::span(buffer).first(std::min<size_t>(buffer.size(), (range.end - at).value));
-      UNMOOR_TRY(ReadExactlyAt(in.get(), part, at, from));
+      UNMOOR_TRY(ReadExactlyAt(in, part, at, from));
       UNMOOR_TRY(WriteExactlyAt(out.get(), part, at, to));
       at = at + Bytes(part.size());
     }
   }
   return {};
+}
+
+}  // namespace
+
+Result<> CopyFile(const std::string& from, const std::string& to) {
+  UNMOOR_ASSIGN(const Fd in, OpenFile(from, O_RDONLY));
+  return CopyOpenFile(in.get(), from, to);
+}
+
+Result<> LinkOrCopyFile(int fd, const std::string& to) {
+  const std::string from = fmt::format("/proc/self/fd/{}", fd);
+  if (::linkat(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), AT_SYMLINK_FOLLOW) == 0) return {};
+  // EXDEV, EPERM (protected_hardlinks), EMLINK, ENOENT (it has no name any more): all the same.
+  if (errno == EEXIST) return FileError(errno, "create", to);
+  return CopyOpenFile(fd, from, to);
 }
 
 Result<struct stat> Stat(const std::string& path) {
