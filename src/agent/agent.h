@@ -24,8 +24,14 @@ enum class ThpPolicy {
   kNever,  // 4 KiB pages only
 };
 
+enum class GuardPolicy {
+  kFreeze,  // every thread stands still for a whole window
+  kFault,   // threads in user mode run on until they write to the window or make a system call
+};
+
 struct AgentOptions {
-  Nanos max_pause{1'000'000};  // bound of one freeze window
+  Nanos max_pause{1'000'000};  // bound of one window
+  GuardPolicy guard = GuardPolicy::kFreeze;
   ThpPolicy thp = ThpPolicy::kAuto;
   bool remap = true;                 // false: keep anonymous semantics only (restore --remap off)
   bool eager = false;                // remap before the program runs (restore --mode eager)

@@ -9,6 +9,9 @@
 // No libc, no allocation, no globals, position-independent: linked as a flat binary
 // (helper_blob.ld) and written into the program by the injector. Only this one thread touches Data
 // but for the fields helper_protocol.h names. On any internal failure it exits; the worker notices.
+//
+// The watch (below, and helper_protocol.h) is the one other piece of code: a thread of the program
+// that sleeps unless a window is guarded, and undoes the guard if the helper is killed then.
 #include <asm/unistd.h>
 #include <linux/close_range.h>
 #include <linux/fs.h>
@@ -26,7 +29,8 @@ namespace {
 
 constexpr long kEfault = 14, kEbusy = 16, kEnodata = 61, kE2big = 7, kEagain = 11, kEsrch = 3,
                kEintr = 4, kEstale = 116, kEnospc = 28, kEperm = 1, kEacces = 13, kEproto = 71,
-               kEoverflow = 75, kEnoent = 2;
+               kEoverflow = 75, kEnoent = 2, kEtimedout = 110;
+constexpr int kSigtrap = 5, kSigsegv = 11;
 
 inline long Syscall(long number, long a = 0, long b = 0, long c = 0, long d = 0, long e = 0,
                     long f = 0) {
@@ -111,6 +115,16 @@ struct DirectoryEntry {  // linux_dirent64
   char name[1];
 };
 
+// Waits a little, longer after many idle turns, so that whoever is waited for finds a core.
+void Idle(int turn) {
+  if (turn < 64) {
+    Syscall(__NR_sched_yield);
+    return;
+  }
+  const int64_t nap[2] = {0, 20'000};
+  Syscall(__NR_nanosleep, Address(nap), 0);
+}
+
 bool Known(const Data& data, int tid) {
   for (uint32_t i = 0; i < data.thread_count; ++i) {
     if (data.threads[i].tid == tid) return true;
@@ -190,40 +204,90 @@ long SeizeNewThreads(Data& data, long task_fd, bool nested) {
       if (listed < 0) return listed;
       const int tid = static_cast<int>(listed);
       if (tid == 0 || Known(data, tid)) continue;
+      if (tid == __atomic_load_n(&data.watch_thread, __ATOMIC_RELAXED)) {
+        int i = 0;  // ours; it stays free to act
+        for (; entry->name[i] != 0 && i < 15; ++i) data.watch_name[i] = entry->name[i];
+        data.watch_name[i] = 0;
+        continue;
+      }
       if (data.thread_count == kMaxThreads) return -kEoverflow;
       // SAFETY: ptrace of a thread of the program we serve; released by Thaw or by our death.
-      const long error = Syscall(__NR_ptrace, PTRACE_SEIZE, tid, 0, 0);
+      const long error = Syscall(__NR_ptrace, PTRACE_SEIZE, tid, 0, PTRACE_O_TRACESYSGOOD);
       if (error == -kEsrch) continue;  // it is ending
       if (error == -kEperm && HasEnded(task_fd, entry->name)) continue;
       if (error == -kEperm) return -kEacces;
       if (error < 0) return error;
-      data.threads[data.thread_count++] = {tid, -1};
+      data.threads[data.thread_count++] = {tid, -1, 0};
       Syscall(__NR_ptrace, PTRACE_INTERRUPT, tid, 0, 0);
       ++found;
     }
   }
 }
 
-// One look at thread `i`. True when it is stopped or gone.
-bool Collect(Data& data, uint32_t i) {
-  auto& thread = data.threads[i];
-  if (thread.signal >= 0) return true;
+// The status of thread `i` if it has stopped since the last look, else 0. One that is gone is taken
+// off the table; the caller looks at slot i again.
+int StopOf(Data& data, uint32_t i) {
   int status = 0;
   constexpr long kWnohang = 1, kWall = 0x40000000;
-  const long waited = Syscall(__NR_wait4, thread.tid, Address(&status), kWnohang | kWall, 0);
-  if (waited == 0 || waited == -kEintr) return false;
-  const bool stopped = waited > 0 && (status & 0xff) == 0x7f;
-  if (!stopped) {
-    thread = data.threads[--data.thread_count];  // gone; the caller looks at slot i again
-    return false;
-  }
+  const long waited =
+      Syscall(__NR_wait4, data.threads[i].tid, Address(&status), kWnohang | kWall, 0);
+  if (waited == 0 || waited == -kEintr) return 0;
+  if (waited > 0 && (status & 0xff) == 0x7f) return status;
+  data.threads[i] = data.threads[--data.thread_count];
+  return 0;
+}
+
+// One look at thread `i`. True when it is stopped; `status` says how, if that was not known yet.
+bool Collect(Data& data, uint32_t i, int& status) {
+  status = 0;
+  if (data.threads[i].signal >= 0) return true;
+  status = StopOf(data, i);
+  if (status == 0) return false;
   const int event = status >> 16;
-  thread.signal = event != 0 ? 0 : (status >> 8) & 0xff;
+  data.threads[i].signal = event != 0 ? 0 : (status >> 8) & 0xff;
   return true;
 }
 
-// Returns how many threads have not stopped within the limit, or -errno.
-long StopThreads(Data& data, long task_fd, int64_t limit_ns, bool nested) {
+bool IsGuarded(const Data& data, uint64_t address) {
+  for (uint32_t i = 0; i < data.guard_count; ++i) {
+    if (address - data.guards[i].begin < data.guards[i].length) return true;
+  }
+  return false;
+}
+
+// Whether a thread just stopped may run on below a guard: it was in user mode, nothing of it that
+// the kernel writes to by itself is guarded, and the signal of a fault would come to us first
+// without the kernel changing the program's disposition (a blocked one's).
+bool MayRunOn(const Data& data, int tid, int status) {
+  constexpr int kInterrupted = kSigtrap | 128 /*PTRACE_EVENT_STOP*/ << 8;
+  constexpr long kGetSigmask = 0x420a, kGetRseq = 0x420f;
+  if (status >> 8 != kInterrupted) return false;
+  uint64_t registers[27];
+  if (Syscall(__NR_ptrace, PTRACE_GETREGS, tid, 0, Address(registers)) < 0) return false;
+  constexpr int kOrigRax = 15, kCs = 17, kRsp = 19, kFsBase = 21;
+  if (registers[kOrigRax] != ~uint64_t{0} || registers[kCs] != 0x33) return false;
+  if (IsGuarded(data, registers[kRsp]) || IsGuarded(data, registers[kFsBase])) return false;
+  uint64_t mask = ~uint64_t{0};
+  if (Syscall(__NR_ptrace, kGetSigmask, tid, sizeof(mask), Address(&mask)) < 0) return false;
+  if ((mask & uint64_t{1} << (kSigsegv - 1)) != 0) return false;
+  struct {
+    uint64_t pointer;
+    uint32_t size, signature, flags, padding;
+  } rseq{};
+  const long known = Syscall(__NR_ptrace, kGetRseq, tid, sizeof(rseq), Address(&rseq));
+  return known > 0 && !IsGuarded(data, rseq.pointer) && !IsGuarded(data, rseq.pointer + 31);
+}
+
+void RunOn(Data& data, uint32_t i) {
+  auto& thread = data.threads[i];
+  thread.signal = -1;
+  thread.resumed = 1;
+  Syscall(__NR_ptrace, PTRACE_SYSCALL, thread.tid, 0, 0);
+}
+
+// Returns how many threads have not stopped within the limit, or -errno. `guarded`: threads in user
+// mode run on at once, but no further than their next system call, signal or fault.
+long StopThreads(Data& data, long task_fd, int64_t limit_ns, bool nested, bool guarded) {
   const int64_t began = Now();
   int idle = 0;
   bool settled = false;
@@ -233,7 +297,11 @@ long StopThreads(Data& data, long task_fd, int64_t limit_ns, bool nested) {
     long late = 0;
     for (uint32_t i = 0; i < data.thread_count;) {
       const uint32_t before = data.thread_count;
-      if (Collect(data, i)) {
+      int status = 0;
+      if (data.threads[i].resumed != 0 && guarded) {
+        ++i;
+      } else if (Collect(data, i, status)) {
+        if (guarded && MayRunOn(data, data.threads[i].tid, status)) RunOn(data, i);
         ++i;
       } else if (data.thread_count == before) {
         ++late;
@@ -247,12 +315,7 @@ long StopThreads(Data& data, long task_fd, int64_t limit_ns, bool nested) {
     settled = quiet;
     if (quiet) continue;
     if (found == 0 && Now() - began > limit_ns) return late;
-    if (++idle < 64) {
-      Syscall(__NR_sched_yield);
-    } else {
-      const int64_t nap[2] = {0, 20'000};
-      Syscall(__NR_nanosleep, Address(nap), 0);
-    }
+    Idle(++idle);
   }
 }
 
@@ -266,20 +329,213 @@ void Hurry(bool on) {
 
 long Freeze(Data& data, const uint64_t (&a)[7], int64_t& began) {
   const int uffd = static_cast<int>(a[3]);
+  const bool guarded = a[4] != 0 && data.held == 0 && data.thread_count == 0;
   Hurry(true);
   began = Now();
-  const long late = StopThreads(data, Word(a[0]), static_cast<int64_t>(a[1]), a[2] != 0);
+  const long late =
+      StopThreads(data, Word(a[0]), static_cast<int64_t>(a[1]), a[2] != 0, guarded);
   if (late < 0) return late;
   return late > 0 || (uffd >= 0 && Readable(uffd, 0)) ? -kEbusy : 0;
 }
 
+// --- guarding -----------------------------------------------------------------------------------
+
+constexpr long kFutexWait = 0, kFutexWake = 1;
+
+void FutexWait(uint32_t* word, uint32_t value, int64_t limit_ns) {
+  const int64_t limit[2] = {limit_ns / 1'000'000'000, limit_ns % 1'000'000'000};
+  Syscall(__NR_futex, Address(word), kFutexWait, value, Address(limit));
+}
+
+void FutexSet(uint32_t* word, uint32_t value) {
+  __atomic_store_n(word, value, __ATOMIC_RELEASE);
+  Syscall(__NR_futex, Address(word), kFutexWake, 64);
+}
+
+uint32_t Load(const uint32_t& word) {
+  return __atomic_load_n(&word, __ATOMIC_ACQUIRE);
+}
+
+// Where the line of a status file that begins with `name` has its value; null: nowhere.
+const char* LineOf(const char* text, const char* name) {
+  for (; *text != 0; ++text) {
+    if (*text != '\n') continue;
+    const char* at = text + 1;
+    const char* wanted = name;
+    while (*wanted != 0 && *at == *wanted) ++at, ++wanted;
+    if (*wanted == 0) return at;
+  }
+  return nullptr;
+}
+
+// Whether the watch can do its work: not stopped by job control, and no seccomp filter that might
+// end the program for it; and the program does not ignore SIGSEGV, which a fault would change.
+bool WatchIsFit(const Data& data, long task_fd) {
+  if (__atomic_load_n(&data.watch_thread, __ATOMIC_ACQUIRE) == 0) return false;
+  char text[8192];
+  const long size = ReadThreadFile(task_fd, data.watch_name, "/status", text, sizeof(text) - 1);
+  if (size <= 0) return false;
+  text[size] = 0;
+  const char* state = LineOf(text, "State:\t");
+  const char* seccomp = LineOf(text, "Seccomp:\t");
+  const char* ignored = LineOf(text, "SigIgn:\t");
+  if (state == nullptr || seccomp == nullptr || ignored == nullptr) return false;
+  const char digit = ignored[13];  // signals 9 to 12
+  const int bits = digit >= 'a' ? digit - 'a' + 10 : digit - '0';
+  return *state != 'T' && *state != 't' && *seccomp == '0' && (bits & 4) == 0;
+}
+
+// Has the watch trace us. False when it does not answer in time, or may not.
+bool Arm(Data& data) {
+  constexpr int64_t kPatience = 3'000'000;
+  const int64_t began = Now();
+  FutexSet(&data.watch_request, kRequestArm);
+  for (;;) {
+    const uint32_t state = Load(data.watch_state);
+    if (state == kWatchArmed) return true;
+    if (state != kWatchIdle || Now() - began > kPatience) break;
+    FutexWait(&data.watch_state, state, 500'000);
+  }
+  FutexSet(&data.watch_request, kRequestNone);
+  return false;
+}
+
+// The breakpoint stops us; the watch lets go of us there.
+void Disarm(Data& data) {
+  if (Load(data.watch_state) != kWatchArmed) return;
+  FutexSet(&data.watch_request, kRequestRelease);
+  asm volatile("int3" ::: "memory");
+}
+
+void Unguard(Data& data) {
+  for (uint32_t i = 0; i < data.guard_count; ++i) {
+    const GuardedPiece& piece = data.guards[i];
+    Syscall(__NR_mprotect, Word(piece.begin), Word(piece.length), Word(piece.prot));
+  }
+}
+
+bool IsGuardFault(const Data& data, const uint64_t (&info)[16]) {
+  constexpr uint64_t kAccerr = 2;  // SEGV_ACCERR; the code is the third int of a siginfo_t
+  return (info[0] & 0xffffffff) == kSigsegv && (info[1] & 0xffffffff) == kAccerr &&
+         IsGuarded(data, info[2]);
+}
+
+bool StoppedByGuard(const Data& data, int tid) {
+  uint64_t info[16] = {};
+  return Syscall(__NR_ptrace, PTRACE_GETSIGINFO, tid, 0, Address(info)) >= 0 &&
+         IsGuardFault(data, info);
+}
+
+// A thread may be stopped between its fault and that fault's signal.
+bool GuardFaultPends(const Data& data, int tid) {
+  struct {
+    uint64_t offset;
+    uint32_t flags;
+    int32_t count;
+  } which = {0, 0, 8};
+  uint64_t infos[8][16] = {};
+  const long found =
+      Syscall(__NR_ptrace, PTRACE_PEEKSIGINFO, tid, Address(&which), Address(infos));
+  for (long i = 0; i < found; ++i) {
+    if (IsGuardFault(data, infos[i])) return true;
+  }
+  return false;
+}
+
+// One look at a thread that ran on, with the pieces writable again. True when it is stopped such
+// that releasing it, even by our death, lets it go on as if there had been no guard.
+bool Settle(Data& data, uint32_t i) {
+  const int tid = data.threads[i].tid;
+  const int status = StopOf(data, i);
+  if (status == 0) return false;
+  constexpr int kSystemCallStop = kSigtrap | 0x80;
+  const int signal = status >> 8 & 0xff;
+  const bool event = status >> 16 != 0;
+  if (!event && signal == kSigsegv && StoppedByGuard(data, tid)) {
+    // The signal is dropped, and the thread stops once more before any instruction.
+    Syscall(__NR_ptrace, PTRACE_INTERRUPT, tid, 0, 0);
+    RunOn(data, i);
+    return false;
+  }
+  if (event && GuardFaultPends(data, tid)) {
+    RunOn(data, i);  // as far as that signal
+    return false;
+  }
+  data.threads[i].signal = event || signal == kSystemCallStop ? 0 : signal;
+  data.threads[i].resumed = 0;
+  return true;
+}
+
+// Stops the threads that ran on, with the pieces writable. Returns how many are late.
+long StopResumed(Data& data, int64_t limit_ns) {
+  const int64_t began = Now();
+  for (uint32_t i = 0; i < data.thread_count; ++i) {
+    if (data.threads[i].resumed == 0) continue;
+    Syscall(__NR_ptrace, PTRACE_INTERRUPT, data.threads[i].tid, 0, 0);
+  }
+  for (int turn = 1;; ++turn) {
+    long late = 0;
+    for (uint32_t i = 0; i < data.thread_count;) {
+      const uint32_t before = data.thread_count;
+      if (data.threads[i].resumed == 0 || Settle(data, i)) {
+        ++i;
+      } else if (data.thread_count == before) {
+        ++late;
+        ++i;
+      }
+    }
+    if (late == 0 || Now() - began > limit_ns) return late;
+    Idle(turn);
+  }
+}
+
+long Guard(Data& data, const uint64_t (&a)[7], uint32_t& ran_on) {
+  ran_on = 0;
+  for (uint32_t i = 0; i < data.thread_count; ++i) ran_on += data.threads[i].resumed;
+  if (ran_on == 0) return 0;
+  if (data.guard_count > 0 && WatchIsFit(data, Word(a[0])) && Arm(data)) {
+    data.guard_active = 1;
+    bool guarded = true;
+    for (uint32_t i = 0; i < data.guard_count && guarded; ++i) {
+      constexpr uint64_t kProtWrite = 2;
+      const GuardedPiece& piece = data.guards[i];
+      guarded = Syscall(__NR_mprotect, Word(piece.begin), Word(piece.length),
+                        Word(piece.prot & ~kProtWrite)) >= 0;
+    }
+    if (guarded) return 0;
+    Unguard(data);
+  }
+  ran_on = 0;
+  return StopResumed(data, static_cast<int64_t>(a[1])) > 0 ? -kEbusy : 0;
+}
+
+// Before anybody is released: the pieces as they were, nobody on the way into the guard, and us no
+// longer traced, since a wait() of the program would see that. False while some thread is late.
+bool EndGuard(Data& data, int64_t limit_ns) {
+  if (data.guard_active != 0) Unguard(data);
+  const bool settled = StopResumed(data, limit_ns) == 0;
+  if (settled) {
+    Disarm(data);
+    data.guard_active = 0;
+    data.guard_count = 0;
+  }
+  return settled;
+}
+
+// --- releasing ----------------------------------------------------------------------------------
+
 // Releases every stopped thread. One that has not stopped yet (it sleeps where ptrace cannot reach
 // it, waiting for an event to be read, say) stays in the table and is released when it stops.
 void Thaw(Data& data) {
+  constexpr int64_t kSettleLimit = 2'000'000;
+  EndGuard(data, kSettleLimit);
   uint32_t late = 0;
   while (late < data.thread_count) {
     const uint32_t before = data.thread_count;
-    if (Collect(data, late)) {
+    int status = 0;
+    if (data.threads[late].resumed != 0) {
+      ++late;
+    } else if (Collect(data, late, status)) {
       const auto thread = data.threads[late];
       Syscall(__NR_ptrace, PTRACE_DETACH, thread.tid, 0, thread.signal);
       data.threads[late] = data.threads[--data.thread_count];
@@ -290,6 +546,24 @@ void Thaw(Data& data) {
 }
 
 // --- operations ---------------------------------------------------------------------------------
+
+// Our own end if this is not called off in time (0).
+long SetDeadline(Data& data, uint64_t nanoseconds) {
+  if (data.timer_state == 0) {
+    const struct {
+      uint64_t value;
+      int32_t signal;
+      int32_t notify;
+      int32_t padding[12];
+    } event = {0, 9 /*SIGKILL*/, 0 /*SIGEV_SIGNAL*/, {}};
+    const long error = Syscall(__NR_timer_create, 1 /*CLOCK_MONOTONIC*/, Address(&event),
+                               Address(&data.timer));
+    if (error < 0) return error;
+  }
+  const uint64_t time[4] = {0, 0, nanoseconds / 1'000'000'000, nanoseconds % 1'000'000'000};
+  data.timer_state = nanoseconds == 0 ? 1 : 2;
+  return Syscall(__NR_timer_settime, data.timer, 0, Address(time), 0);
+}
 
 long Copy(uint64_t dst, uint64_t src, uint64_t length) {
   // SAFETY: addresses planned by the worker; a fault is turned into EFAULT.
@@ -409,7 +683,10 @@ long RunOp(Data& data, Op& op, Reply& reply, int64_t& began) {
     }
     case OpKind::kHold:
       data.held = 1;
-      return reply.result = StopThreads(data, Word(a[0]), static_cast<int64_t>(a[1]), a[2] != 0);
+      return reply.result =
+                 StopThreads(data, Word(a[0]), static_cast<int64_t>(a[1]), a[2] != 0, false);
+    case OpKind::kDeadline:
+      return SetDeadline(data, a[0]);
     case OpKind::kThaw:
       data.held = 0;
       reply.threads = data.thread_count;
@@ -418,16 +695,23 @@ long RunOp(Data& data, Op& op, Reply& reply, int64_t& began) {
       Hurry(false);
       began = 0;
       return 0;
+    case OpKind::kGuardPiece:
+      if (data.guard_active != 0 || data.guard_count == kMaxGuards) return -kEbusy;
+      data.guards[data.guard_count] = {a[0], a[1], a[2]};
+      ++data.guard_count;
+      return 0;
+    case OpKind::kGuard:
+      return Guard(data, a, reply.guarded);
   }
   return -kEnospc;
 }
 
 void RunList(Data& data, uint32_t count, Reply& reply) {
   int64_t began = 0;
+  if (data.thread_count == 0 && data.guard_active == 0) data.guard_count = 0;
   for (uint32_t i = 0; i < count; ++i) {
     Op& op = data.ops[i];
-    const bool on_failure = (op.flags & kOpOnFailure) != 0;
-    if (on_failure != (reply.error != 0) && op.kind != OpKind::kThaw) continue;
+    if (reply.error != 0 && op.kind != OpKind::kThaw) continue;
     if (op.kind == OpKind::kThaw && began == 0 && data.held == 0) continue;
     const long result = RunOp(data, op, reply, began);
     if (result < 0 && (op.flags & kOpMayFail) == 0) {
@@ -436,6 +720,7 @@ void RunList(Data& data, uint32_t count, Reply& reply) {
       reply.done = i + 1;
     }
   }
+  if (data.timer_state == 2) SetDeadline(data, 0);
   if (began != 0) Thaw(data);  // a list without its Thaw is a bug; the program must not pay for it
 }
 
@@ -451,7 +736,9 @@ struct ControlBuffer {
 bool Serve(Data& data) {
   while (data.held == 0 && data.thread_count > 0) {
     Thaw(data);  // those that were late
-    if (data.thread_count == 0 || Readable(data.socket, 200'000)) break;
+    if (data.thread_count == 0) break;
+    if (data.guard_active == 0 && Readable(data.socket, 200'000)) break;
+    if (data.guard_active != 0) Idle(64);  // first things first
   }
   KernelIovec iov[2] = {{&data.header, sizeof(data.header)}, {data.ops, sizeof(data.ops)}};
   ControlBuffer control{};
@@ -494,12 +781,12 @@ void Isolate() {
   Syscall(__NR_prctl, PR_SET_NAME, Address(name));
 }
 
-}  // namespace
-
 extern "C" [[noreturn]] __attribute__((used)) void unmoor_helper_main(Data* data_pointer) {
   Data& data = *data_pointer;
   Isolate();
   data.helper_tid = static_cast<int32_t>(Syscall(__NR_getpid));
+  data.helper_alive = 1;
+  Syscall(__NR_set_tid_address, Address(&data.helper_alive));
   int sockets[2] = {-1, -1};
   data.start_error = static_cast<int32_t>(
       -Syscall(__NR_socketpair, 1 /*AF_UNIX*/, 5 /*SEQPACKET*/, 0, Address(sockets)));
@@ -511,6 +798,11 @@ extern "C" [[noreturn]] __attribute__((used)) void unmoor_helper_main(Data* data
     }
   }
   // The worker is gone: give back what only the remap needed.
+  FutexSet(&data.watch_request, kRequestLeave);
+  for (int turn = 1; __atomic_load_n(&data.watch_thread, __ATOMIC_ACQUIRE) != 0 && turn < 1000;
+       ++turn) {
+    Idle(turn);  // else whoever removes our traces ends it
+  }
   for (uint64_t i = 0; i < data.owned_count && i < kMaxOwned; ++i) {
     if (data.owned[i].length != 0) {
       Syscall(__NR_munmap, Word(data.owned[i].begin), Word(data.owned[i].length));
@@ -521,10 +813,179 @@ extern "C" [[noreturn]] __attribute__((used)) void unmoor_helper_main(Data* data
   for (;;) Syscall(__NR_exit_group, 0);
 }
 
-// The first bytes of the blob: magic, then the code a thread of the program is made to run once.
-// The injector sets rax … r8 for clone and stops the thread at the end of the system call.
+// --- the watch ----------------------------------------------------------------------------------
+
+extern "C" char unmoor_blob[], unmoor_stand_in[];
+
+constexpr uint64_t kResetHand = 0x80000000;
+
+// How long the thread has run, in ns; 0 where that cannot be told.
+uint64_t RunTime(int tid) {
+  char path[48] = "/proc/self/task/";
+  int length = 16;
+  int digits = 1;
+  for (int rest = tid; rest >= 10; rest /= 10) ++digits;
+  for (int i = digits - 1, rest = tid; i >= 0; --i, rest /= 10) {
+    path[length + i] = static_cast<char>('0' + rest % 10);
+  }
+  length += digits;
+  for (const char* p = "/schedstat"; *p != 0; ++p) path[length++] = *p;
+  path[length] = 0;
+  const long fd = Syscall(__NR_openat, -100 /*AT_FDCWD*/, Address(path), 0, 0);
+  if (fd < 0) return 0;
+  char text[64];
+  const long size = Syscall(__NR_read, fd, Address(text), sizeof(text));
+  Syscall(__NR_close, fd);
+  uint64_t time = 0;
+  for (long i = 0; i < size && text[i] >= '0' && text[i] <= '9'; ++i) {
+    time = time * 10 + static_cast<uint64_t>(text[i] - '0');
+  }
+  return time;
+}
+
+long SegvAction(const KernelSigaction* set, KernelSigaction* get) {
+  return Syscall(__NR_rt_sigaction, kSigsegv, Address(set), Address(get), sizeof(set->mask));
+}
+
+// Called by unmoor_stand_in in a thread of the program that is getting a SIGSEGV. Where to go on: 0
+// lets the thread return and try its instruction again.
+extern "C" __attribute__((used)) uint64_t unmoor_stand_in_choose(const KernelUcontext* context) {
+  // SAFETY: our data lies behind our code (helper_protocol.h).
+  auto& data = *reinterpret_cast<Data*>(unmoor_blob + kCodeSize);
+  constexpr uint64_t kPageFault = 14, kOnWrite = 2;
+  const KernelSigcontext& machine = context->mcontext;
+  if (machine.trapno == kPageFault && (machine.err & kOnWrite) != 0 &&
+      IsGuarded(data, machine.cr2)) {
+    return 0;
+  }
+  const uint64_t handler = data.segv_action[0];
+  KernelSigaction own{handler, data.segv_action[1], data.segv_action[2], data.segv_action[3]};
+  const bool once = (own.flags & kResetHand) != 0;
+  if (handler > 1 && !once) return handler;
+  own.handler = handler > 1 ? 0 : handler;
+  SegvAction(&own, nullptr);
+  if (handler == 0) {
+    Syscall(__NR_tgkill, Syscall(__NR_getpid), Syscall(__NR_gettid), kSigsegv);
+  }
+  return handler > 1 ? handler : 0;
+}
+
+// The program's action, with a handler that drops what only the guard has caused before it goes on
+// to the program's own. Everything else about a delivery stays as the program wants it.
+void StandIn(Data& data) {
+  KernelSigaction own{};
+  SegvAction(nullptr, &own);
+  data.segv_action[0] = own.handler;
+  data.segv_action[1] = own.flags;
+  data.segv_action[2] = own.restorer;
+  data.segv_action[3] = own.mask;
+  KernelSigaction ours = own;
+  ours.flags &= ~kResetHand;
+  if (own.handler <= 1) {
+    ours.flags = 0x04000000 /*SA_RESTORER*/ | 0x08000000 /*SA_ONSTACK*/ | 0x4 /*SA_SIGINFO*/;
+    ours.restorer = static_cast<uint64_t>(Address(unmoor_restorer));
+    ours.mask = 0;
+  }
+  ours.handler = static_cast<uint64_t>(Address(unmoor_stand_in));
+  SegvAction(&ours, nullptr);
+}
+
+// Once every thread that was held has run, whatever signal it was held with has been taken.
+void StandDown(Data& data) {
+  constexpr int kTurns = 10'000;
+  for (int turn = 0; turn < kTurns; ++turn) {
+    bool waiting = false;
+    for (uint32_t i = 0; i < data.thread_count && i < kMaxThreads && !waiting; ++i) {
+      waiting = data.ran[i] != 0 && RunTime(data.threads[i].tid) == data.ran[i];
+    }
+    if (!waiting && turn > 0) break;
+    const int64_t nap[2] = {0, 1'000'000};
+    Syscall(__NR_nanosleep, Address(nap), 0);
+  }
+  KernelSigaction now{};
+  SegvAction(nullptr, &now);
+  if (now.handler != static_cast<uint64_t>(Address(unmoor_stand_in))) return;
+  const KernelSigaction own{data.segv_action[0], data.segv_action[1], data.segv_action[2],
+                            data.segv_action[3]};
+  SegvAction(&own, nullptr);
+}
+
+// The helper is ending, with all it traces still held.
+void Heal(Data& data) {
+  FutexSet(&data.watch_state, kWatchHealing);
+  const bool guarded = data.guard_active != 0;
+  if (guarded) {
+    Unguard(data);
+    StandIn(data);
+    for (uint32_t i = 0; i < data.thread_count && i < kMaxThreads; ++i) {
+      data.ran[i] = RunTime(data.threads[i].tid);
+    }
+  }
+  Syscall(__NR_ptrace, PTRACE_DETACH, data.helper_tid, 0, 0);
+  constexpr long kWall = 0x40000000;
+  int status = 0;
+  while (Syscall(__NR_wait4, data.helper_tid, Address(&status), kWall, 0) == -kEintr) {
+  }
+  if (guarded) StandDown(data);
+}
+
+// Traces the helper until it asks to be let go, or ends. False: it ended.
+bool WatchHelper(Data& data) {
+  const long error =
+      Syscall(__NR_ptrace, PTRACE_SEIZE, data.helper_tid, 0, PTRACE_O_TRACEEXIT);
+  FutexSet(&data.watch_state, error < 0 ? kWatchRefused : kWatchArmed);
+  if (error < 0) return true;
+  for (;;) {
+    constexpr long kWall = 0x40000000, kNoThread = 0x20000000;
+    int status = 0;
+    const long waited =
+        Syscall(__NR_wait4, data.helper_tid, Address(&status), kWall | kNoThread, 0);
+    if (waited == -kEintr) continue;
+    if (waited < 0 || (status & 0xff) != 0x7f) return false;
+    const int event = status >> 16, signal = status >> 8 & 0xff;
+    if (event == PTRACE_EVENT_EXIT) {
+      Heal(data);
+      return false;
+    }
+    if (event == 0 && signal == kSigtrap && Load(data.watch_request) == kRequestRelease) {
+      FutexSet(&data.watch_request, kRequestNone);
+      FutexSet(&data.watch_state, kWatchIdle);
+      Syscall(__NR_ptrace, PTRACE_DETACH, data.helper_tid, 0, 0);
+      return true;
+    }
+    Syscall(__NR_ptrace, PTRACE_CONT, data.helper_tid, 0, event != 0 ? 0 : signal);
+  }
+}
+
+extern "C" [[noreturn]] __attribute__((used)) void unmoor_watch_main(Data* data_pointer) {
+  Data& data = *data_pointer;
+  // Its table of descriptors is its own, its signals are all blocked since it was made.
+  Syscall(__NR_close_range, 0, 0xffffffffL, 0);
+  char name[16] = {'u', 'n', 'm', 'o', 'o', 'r', '-', 'w', 'a', 't', 'c', 'h', 0};
+  Syscall(__NR_prctl, PR_SET_NAME, Address(name));
+  constexpr int64_t kLook = 50'000'000;
+  for (;;) {
+    const uint32_t request = Load(data.watch_request);
+    if (request == kRequestLeave || __atomic_load_n(&data.helper_alive, __ATOMIC_ACQUIRE) == 0) {
+      break;
+    }
+    if (request == kRequestArm && Load(data.watch_state) == kWatchIdle) {
+      if (!WatchHelper(data)) break;
+      continue;
+    }
+    FutexWait(&data.watch_request, request, kLook);
+  }
+  for (;;) Syscall(__NR_exit, 0);
+}
+
+// The first bytes of the blob: magic, then the code a thread of the program is made to run once for
+// the helper, once for the watch. The injector sets rax … r8 for clone and stops the thread at the
+// end of the system call.
 asm(R"(
 .section .entry, "ax"
+.global unmoor_blob
+.hidden unmoor_blob
+unmoor_blob:
 .ascii "UNMOOR-HELPER"
 .zero 3
 .global unmoor_spawn
@@ -539,7 +1000,38 @@ unmoor_spawn:
   and $-16, %rsp
   call unmoor_helper_main
   ud2
+.org 64
+.global unmoor_spawn_watch
+unmoor_spawn_watch:
+  syscall
+  test %eax, %eax
+  jz 2f
+  ud2
+2:
+  xor %ebp, %ebp
+  mov (%rsp), %rdi
+  and $-16, %rsp
+  call unmoor_watch_main
+  ud2
 .text
+.global unmoor_stand_in
+.hidden unmoor_stand_in
+unmoor_stand_in:
+  push %rdi
+  push %rsi
+  push %rdx
+  mov %rdx, %rdi
+  cld
+  call unmoor_stand_in_choose
+  pop %rdx
+  pop %rsi
+  pop %rdi
+  test %rax, %rax
+  jz 1f
+  jmp *%rax
+1:
+  ret
 )");
 
+}  // namespace
 }  // namespace unmoor::helper

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstring>
 
+#include "os/daemon.h"
 #include "os/process_control.h"
 #include "os/remote_memory.h"
 #include "os/socket.h"
@@ -37,11 +38,6 @@ OpList& OpList::Syscall(long number, std::array<uint64_t, 6> args, bool may_fail
 OpList& OpList::Ioctl(int fd, unsigned long request, std::array<uint64_t, 5> a) {
   return Add(OpKind::kIoctl, {static_cast<uint64_t>(fd), request, a[0], a[1], a[2], a[3], a[4]});
 }
-OpList& OpList::IoctlOnFailure(int fd, unsigned long request, std::array<uint64_t, 5> a) {
-  Ioctl(fd, request, a);
-  ops_.back().flags = helper::kOpOnFailure | helper::kOpMayFail;
-  return *this;
-}
 OpList& OpList::Move(int staging, Vaddr dst, Vaddr src, Bytes length) {
   return Add(OpKind::kMove,
              {static_cast<uint64_t>(staging), dst.value, src.value, length.value, 0, 0, 0});
@@ -53,10 +49,11 @@ OpList& OpList::Pread(int fd, Vaddr dst, Bytes length, FileOffset offset) {
   return Add(OpKind::kPread,
              {static_cast<uint64_t>(fd), dst.value, length.value, offset.value, 0, 0, 0});
 }
-OpList& OpList::Freeze(int task_directory, Nanos limit, bool nested, int uffd) {
+OpList& OpList::Freeze(int task_directory, Nanos limit, bool nested, int uffd, bool guarded) {
   return Add(OpKind::kFreeze,
              {static_cast<uint64_t>(task_directory), static_cast<uint64_t>(limit.value),
-              nested ? uint64_t{1} : 0, static_cast<uint64_t>(uffd), 0, 0, 0});
+              nested ? uint64_t{1} : 0, static_cast<uint64_t>(uffd), guarded ? uint64_t{1} : 0, 0,
+              0});
 }
 OpList& OpList::CheckVma(int maps, VaddrRange range, int prot, uint64_t inode, uint64_t offset,
                          uint32_t dev_major, uint32_t dev_minor) {
@@ -75,6 +72,17 @@ OpList& OpList::Hold(int task_directory, Nanos limit, bool nested) {
 }
 OpList& OpList::Thaw() {
   return Add(OpKind::kThaw, {});
+}
+OpList& OpList::GuardPiece(VaddrRange range, int prot) {
+  return Add(OpKind::kGuardPiece,
+             {range.begin.value, range.size().value, static_cast<uint64_t>(prot), 0, 0, 0, 0});
+}
+OpList& OpList::Guard(int task_directory, Nanos limit) {
+  return Add(OpKind::kGuard,
+             {static_cast<uint64_t>(task_directory), static_cast<uint64_t>(limit.value)});
+}
+OpList& OpList::Deadline(Nanos limit) {
+  return Add(OpKind::kDeadline, {static_cast<uint64_t>(limit.value)});
 }
 
 Result<HelperLink> HelperLink::Connect(Pid program, const HelperProcess& helper) {
@@ -107,23 +115,45 @@ Result<HelperLink> HelperLink::Connect(Pid program, const HelperProcess& helper)
   return link;
 }
 
-Result<Reply> HelperLink::RunMessage(std::span<const Op> ops, int passed_fd) {
+Result<> HelperLink::SendOps(std::span<const Op> ops, int passed_fd) {
   std::vector<std::byte> message(sizeof(helper::MessageHeader) + ops.size_bytes());
   const helper::MessageHeader header{static_cast<uint32_t>(ops.size()), 0};
   std::memcpy(message.data(), &header, sizeof(header));
   std::memcpy(message.data() + sizeof(header), ops.data(), ops.size_bytes());
-  UNMOOR_TRY(SendMessage(socket_.get(), message, passed_fd, "the helper"));
-  Reply reply{};
+  return SendMessage(socket_.get(), message, passed_fd, "the helper");
+}
+
+Result<Reply> HelperLink::RunMessage(std::span<const Op> ops, int passed_fd) {
+  UNMOOR_TRY(SendOps(ops, passed_fd));
   // A helper can wait for ever only where the kernel makes it (seizing a thread whose process is in
   // exec waits for threads that only the helper could release). Its end resolves that.
   const bool stops = std::ranges::any_of(
       ops, [](const Op& op) { return op.kind == OpKind::kFreeze || op.kind == OpKind::kHold; });
   UNMOOR_ASSIGN(const bool answered,
                 WaitReadable(socket_.get(), stops ? kStopPatience : kCopyPatience));
-  if (!answered) {
-    (void)SendSignal(helper_.pid, SIGKILL);
-    return SystemError(EPIPE, "the helper did not answer");
+  return answered ? ReceiveReply() : NoAnswer();
+}
+
+Result<Reply> HelperLink::RunReading(const OpList& list, int fd,
+                                     const std::function<Result<>()>& on_readable) {
+  UNMOOR_CHECK(list.size() <= helper::kMaxOps);
+  UNMOOR_TRY(SendOps(list.ops(), -1));
+  const Nanos began = MonotonicNow();
+  while (MonotonicNow() - began < kStopPatience) {
+    UNMOOR_ASSIGN(const std::vector<int> ready, WaitAnyReadable({socket_.get(), fd}, kStopPatience));
+    if (std::ranges::find(ready, socket_.get()) != ready.end()) return ReceiveReply();
+    if (!ready.empty()) UNMOOR_TRY(on_readable());
   }
+  return NoAnswer();
+}
+
+Result<Reply> HelperLink::NoAnswer() {
+  (void)SendSignal(helper_.pid, SIGKILL);
+  return SystemError(EPIPE, "the helper did not answer");
+}
+
+Result<Reply> HelperLink::ReceiveReply() {
+  Reply reply{};
   UNMOOR_ASSIGN(
       const ReceivedMessage received,
       ReceiveMessage(socket_.get(), std::as_writable_bytes(std::span(&reply, 1)), "the helper"));

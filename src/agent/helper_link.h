@@ -4,6 +4,7 @@
 #pragma once
 
 #include <array>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -20,16 +21,18 @@ class OpList {
  public:
   OpList& Syscall(long number, std::array<uint64_t, 6> args, bool may_fail = false);
   OpList& Ioctl(int fd, unsigned long request, std::array<uint64_t, 5> argument);
-  OpList& IoctlOnFailure(int fd, unsigned long request, std::array<uint64_t, 5> argument);
   OpList& Move(int staging, Vaddr dst, Vaddr src, Bytes length);
   OpList& Copy(Vaddr dst, VaddrRange src);
   OpList& Pread(int fd, Vaddr dst, Bytes length, FileOffset offset);
-  OpList& Freeze(int task_directory, Nanos limit, bool nested, int uffd);
+  OpList& Freeze(int task_directory, Nanos limit, bool nested, int uffd, bool guarded);
   OpList& CheckVma(int maps, VaddrRange range, int prot, uint64_t inode, uint64_t offset,
                    uint32_t dev_major, uint32_t dev_minor);
   OpList& Recheck(int pagemap, VaddrRange range, Vaddr mirror, PageCount limit);
   OpList& Hold(int task_directory, Nanos limit, bool nested);
   OpList& Thaw();
+  OpList& GuardPiece(VaddrRange range, int prot);
+  OpList& Guard(int task_directory, Nanos limit);
+  OpList& Deadline(Nanos limit);
 
   [[nodiscard]] std::span<const helper::Op> ops() const { return ops_; }
   [[nodiscard]] size_t size() const { return ops_.size(); }
@@ -53,6 +56,9 @@ class HelperLink {
 
   // Runs the list; lists longer than a message are cut, unless they hold a Freeze, which must fit.
   [[nodiscard]] Result<helper::Reply> Run(const OpList& list);
+  // As Run; meanwhile `on_readable` is called whenever `fd` is readable.
+  [[nodiscard]] Result<helper::Reply> RunReading(const OpList& list, int fd,
+                                                 const std::function<Result<>()>& on_readable);
   // As Run, and a failed operation is an error ("what: Cannot allocate memory").
   [[nodiscard]] Result<int64_t> Must(const OpList& list, const char* what);
   // Gives the helper a copy of `fd`; returns its number there.
@@ -61,7 +67,10 @@ class HelperLink {
   [[nodiscard]] Result<Fd> TakeFd(int fd) const;
 
  private:
+  [[nodiscard]] Result<> SendOps(std::span<const helper::Op> ops, int passed_fd);
   [[nodiscard]] Result<helper::Reply> RunMessage(std::span<const helper::Op> ops, int passed_fd);
+  [[nodiscard]] Result<helper::Reply> ReceiveReply();
+  [[nodiscard]] Result<helper::Reply> NoAnswer();
 
   HelperProcess helper_;
   Fd pidfd_;

@@ -137,10 +137,59 @@ Result<HelperProcess> InjectHelper(Pid pid, std::span<StoppedThread> stopped) {
   return HelperProcess{helper, region};
 }
 
+Result<> InjectWatch(Pid pid, const HelperProcess& helper, std::span<StoppedThread> stopped) {
+  const Vaddr data = helper.region + Bytes(helper::kCodeSize);
+  const Vaddr stack_top =
+      helper.region + Bytes(helper::kCodeSize + helper::kDataSize + helper::kWatchStackSize - 64);
+  const uint64_t pointer = data.value;
+  UNMOOR_TRY(WriteMemory(pid, stack_top, std::as_bytes(std::span(&pointer, 1))));
+  UNMOOR_ASSIGN(Borrowed borrowed, Borrowed::From(pid, stopped));
+  // Without CLONE_FILES: the watch holds no descriptor, and none of its own is the program's. Its
+  // signals are blocked as those of the borrowed thread are while it runs the call.
+  constexpr uint64_t kFlags = CLONE_VM | CLONE_FS | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM |
+                              CLONE_PARENT_SETTID | CLONE_CHILD_CLEARTID | CLONE_UNTRACED;
+  const uint64_t id = data.value + offsetof(helper::Data, watch_thread);
+  UNMOOR_ASSIGN(const int64_t made,
+                borrowed.thread().RunRemote(helper.region + Bytes(kWatchSpawnOffset), SYS_clone,
+                                            {kFlags, stack_top.value, id, id, 0, 0}));
+  if (made < 0) return SystemError(static_cast<int>(-made), "clone inside the program");
+  return {};
+}
+
+namespace {
+
+// The watch has normally ended with its helper; one that job control has stopped is made to exit.
+Result<> EndWatch(Pid pid, std::span<StoppedThread> stopped, std::span<const Leftover> leftovers) {
+  UNMOOR_ASSIGN(const Vaddr instruction, FindSyscallInstruction(pid));
+  for (StoppedThread& thread : stopped) {
+    if (thread.Poll() != StoppedThread::State::kStopped) continue;
+    UNMOOR_ASSIGN(const user_regs_struct registers, thread.Registers());
+    for (const Leftover& leftover : leftovers) {
+      const VaddrRange region{leftover.region, leftover.region + Bytes(helper::kRegionSize)};
+      if (!region.Contains(Vaddr(registers.rip))) continue;
+      uint32_t state = 0;
+      const Vaddr data = leftover.region + Bytes(helper::kCodeSize);
+      UNMOOR_TRY(ReadMemory(pid, data + Bytes(offsetof(helper::Data, watch_state)),
+                            std::as_writable_bytes(std::span(&state, 1))));
+      const auto info = ReadProcess(thread.thread());
+      if (state == helper::kWatchHealing || !info || info->name != "unmoor-watch") {
+        return Failure(Error(ErrorKind::kMachine, EAGAIN, "a thread still executes our code"));
+      }
+      UNMOOR_TRY(thread.BeginRemote());
+      (void)thread.RunRemote(instruction, SYS_exit, {0, 0, 0, 0, 0, 0});
+      break;
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
 Result<> RemoveHelperTraces(Pid pid, std::span<StoppedThread> stopped,
                             std::span<const Leftover> leftovers) {
   UNMOOR_ASSIGN(const std::vector<HelperChild> helpers, FindHelpers(pid));
   if (helpers.empty() && leftovers.empty()) return {};
+  UNMOOR_TRY(EndWatch(pid, stopped, leftovers));
   UNMOOR_ASSIGN(Borrowed borrowed, Borrowed::From(pid, stopped));
   for (const HelperChild& helper : helpers) {
     if (!helper.ended) continue;

@@ -20,6 +20,11 @@ struct HelperProcess {
   Vaddr region;  // where its code begins in the program
 };
 
+// Adds the watch (helper_protocol.h) to a helper just injected: a thread of the program that runs
+// our code. The helper never stops it; it ends itself with the helper.
+[[nodiscard]] Result<> InjectWatch(Pid pid, const HelperProcess& helper,
+                                   std::span<StoppedThread> stopped);
+
 // A helper's region left in the program by an agent that was killed, with what that helper owned.
 struct Leftover {
   Vaddr region;
@@ -30,7 +35,8 @@ struct Leftover {
 // threads are still stopped.
 [[nodiscard]] Result<HelperProcess> InjectHelper(Pid pid, std::span<StoppedThread> stopped);
 
-// Reaps every helper that has ended and unmaps `regions` and what is `owned`.
+// Reaps every helper that has ended, ends a watch that is still there, and unmaps the regions and
+// what is owned. errnum EAGAIN: a thread executes our code still; let it run and try again.
 [[nodiscard]] Result<> RemoveHelperTraces(Pid pid, std::span<StoppedThread> stopped,
                                           std::span<const Leftover> leftovers);
 

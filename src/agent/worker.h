@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "agent/agent.h"
+#include "agent/guard.h"
 #include "agent/helper_link.h"
 #include "agent/progress_file.h"
 #include "base/result.h"
@@ -92,7 +93,7 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<PlannedArea> PlanArea(Area area);
   [[nodiscard]] Result<> KnowChildren();
   [[nodiscard]] Result<> StopAndRead(HeldEvents& events, bool& changed);
-  void AddSwapFailed(OpList& ops, const Piece& piece) const;
+  [[nodiscard]] Result<helper::Reply> RunSwaps(const OpList& ops);
   [[nodiscard]] Result<> WaitForEarlierHelpers() const;
   [[nodiscard]] Result<> OpenTrackers();
   [[nodiscard]] Result<Fd> CreateUffd(int& helper_fd);
@@ -113,6 +114,7 @@ class Worker final : public Carrier {
   void AddOwnPages(OpList& ops, const Area& area, Vaddr to, VaddrRange pages) const;
   [[nodiscard]] Result<bool> AddChecks(OpList& ops, const Piece& piece) const;
   void AddSwap(OpList& ops, const Piece& piece) const;
+  [[nodiscard]] bool AddGuards(OpList& ops, std::span<const Piece> pieces);
 
   [[nodiscard]] Result<> HandleEventsStopped(bool& changed);
   [[nodiscard]] Result<> HoldProgram(bool& changed);
@@ -146,6 +148,7 @@ class Worker final : public Carrier {
   Fd tasks_;
   int helper_pagemap_ = -1, helper_maps_ = -1, helper_memory_ = -1, helper_tasks_ = -1;
   HelperLink link_;
+  Guard guard_;
   Fd old_uffd_;  // held until ours watches
   std::vector<VaddrRange> given_back_;
   Fd uffd_;  // events and write tracking

@@ -296,7 +296,10 @@ Result<> Worker::ConvertHeld(size_t index) {
   UNMOOR_TRY(Copy(index, steps));
   OpList ops;
   AddSwap(ops, {index, range});
-  UNMOOR_TRY(link_.Must(ops, "cannot make a shortened mapping anonymous"));
+  UNMOOR_ASSIGN(const helper::Reply reply, RunSwaps(ops));
+  if (reply.error != 0) {
+    return SystemError(reply.error, "cannot make a shortened mapping anonymous");
+  }
   dropped_.Erase(range);
   return {};
 }

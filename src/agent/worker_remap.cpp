@@ -37,6 +37,7 @@ constexpr size_t kSpareMaps = 128;  // what the remap may need for itself
 constexpr Nanos kPinCheckInterval(50'000'000);
 constexpr int kPlanAttempts = 1000;
 constexpr int kBusyBeforeHold = 2;
+constexpr Nanos kSwapDeadline(250'000'000);
 constexpr int kAdviceCollapse = 25;
 // Where helpers' memory goes: far from where programs and the kernel put theirs.
 constexpr uint64_t kLowestOwned = uint64_t{1} << 44;
@@ -368,8 +369,6 @@ void Worker::AddSwap(OpList& ops, const Piece& piece) const {
   const Area& area = areas_[piece.area].area;
   const Vaddr mirror = MirrorOf(piece.area).At(piece.range.begin);
   const uint64_t length = piece.range.size().value;
-  // Unregistered first: the swap would otherwise wait for somebody to read its event.
-  ops.Ioctl(helper_uffd_, UFFDIO_UNREGISTER, {piece.range.begin.value, length, 0, 0, 0});
   if (!area.HasFlag("dc")) {
     AddAdvice(ops, {mirror, mirror + piece.range.size()}, MADV_DOFORK);
   }
@@ -386,11 +385,23 @@ void Worker::AddSwap(OpList& ops, const Piece& piece) const {
   }
 }
 
-// Should the list fail after a piece was unregistered, it is watched again before any thread runs.
-void Worker::AddSwapFailed(OpList& ops, const Piece& piece) const {
-  ops.IoctlOnFailure(
-      helper_uffd_, UFFDIO_REGISTER,
-      {piece.range.begin.value, piece.range.size().value, UFFDIO_REGISTER_MODE_WP, 0, 0});
+// Runs a list with swaps. What a swap replaces stays watched to the last, so the helper waits in
+// mremap for us to read the event of what it unmapped. All threads of the program are stopped then,
+// so the event is the helper's; before, an event belongs to a thread that has yet to stop.
+Result<helper::Reply> Worker::RunSwaps(const OpList& ops) {
+  bool swapping = false;
+  return link_.RunReading(ops, uffd_.get(), [&]() -> Result<> {
+    if (!swapping) {
+      UNMOOR_ASSIGN(const ThreadCalls calls, ReadThreadCalls(link_.helper().pid));
+      swapping = calls.waiting_for_event() != 0;
+    }
+    if (!swapping) {
+      SleepFor(Nanos(10'000));
+      return {};
+    }
+    UNMOOR_TRY(ReadUffdEvent(uffd_.get()));
+    return {};
+  });
 }
 
 // While threads give memory back without pause, one of them always waits for its event to be read
@@ -417,6 +428,21 @@ Result<SwapOutcome> Worker::Swap(std::span<const Piece> pieces, PageCount dirty_
   return outcome;
 }
 
+// Memory given back meanwhile is anonymous already; to make such read-only and writable again may
+// fail where memory is accounted strictly, so those windows are freezes.
+bool Worker::AddGuards(OpList& ops, std::span<const Piece> pieces) {
+  if (options_.guard != GuardPolicy::kFault || pieces.size() > helper::kMaxGuards) return false;
+  for (const Piece& piece : pieces) {
+    if (dropped_.SizeWithin(piece.range).value > 0) return false;
+  }
+  if (!guard_.Ready(pid_, link_)) return false;
+  for (const Piece& piece : pieces) {
+    const int prot = areas_[piece.area].area.prot;
+    if ((prot & PROT_WRITE) != 0) ops.GuardPiece(piece.range, prot);
+  }
+  return true;
+}
+
 Result<SwapOutcome> Worker::SwapInWindow(std::span<const Piece> pieces, PageCount dirty_limit) {
   SwapOutcome outcome;
   if (MonotonicNow() - last_pin_check_ > kPinCheckInterval) UNMOOR_TRY(CheckNoPinnedMemory());
@@ -424,9 +450,10 @@ Result<SwapOutcome> Worker::SwapInWindow(std::span<const Piece> pieces, PageCoun
   // under load may not get every thread onto a core that soon; rather than never finishing, the
   // time for stopping grows to twice that.
   const int64_t patience = std::min(1 + busy_in_a_row_ / 4, 2);
+  const Nanos stop_limit(options_.max_pause.value * 3 / 4 * patience);
   OpList ops;
-  ops.Freeze(helper_tasks_, Nanos(options_.max_pause.value * 3 / 4 * patience), nested_,
-             helper_uffd_);
+  const bool guarded = AddGuards(ops, pieces);
+  ops.Freeze(helper_tasks_, stop_limit, nested_, helper_uffd_, guarded);
   for (const Piece& piece : pieces) {
     UNMOOR_ASSIGN(const bool as_planned, AddChecks(ops, piece));
     if (!as_planned) {
@@ -434,24 +461,25 @@ Result<SwapOutcome> Worker::SwapInWindow(std::span<const Piece> pieces, PageCoun
       return outcome;
     }
   }
+  if (guarded) ops.Guard(helper_tasks_, stop_limit);
   for (const Piece& piece : pieces) {
     ops.Recheck(helper_pagemap_, piece.range, MirrorOf(piece.area).At(piece.range.begin),
                 dirty_limit);
   }
+  ops.Deadline(kSwapDeadline);
   for (const Piece& piece : pieces) AddSwap(ops, piece);
-  for (const Piece& piece : pieces) AddSwapFailed(ops, piece);
   ops.Thaw();
   if (ops.size() > helper::kMaxOps) {
     outcome.result = SwapResult::kTooDirty;  // too many fragments: take a smaller batch
     return outcome;
   }
   UNMOOR_TRY(FaultPoint("remap.before_swap"));
-  UNMOOR_ASSIGN(const helper::Reply reply, link_.Run(ops));
+  UNMOOR_ASSIGN(const helper::Reply reply, RunSwaps(ops));
   outcome.pause = Nanos(reply.pause_ns);
   spdlog::debug(
-      "window: {} pieces, error {}, {} threads stopped after {}, rechecked {} ({} pages), "
-      "released {}",
-      pieces.size(), reply.error, reply.threads, HumanTime(Nanos(reply.stop_ns)),
+      "window: {} pieces, error {}, {} threads ({} ran on) stopped after {}, rechecked {} ({} "
+      "pages), released {}",
+      pieces.size(), reply.error, reply.threads, reply.guarded, HumanTime(Nanos(reply.stop_ns)),
       HumanTime(Nanos(reply.recheck_ns)), reply.copied, HumanTime(outcome.pause));
   outcome.recopied = PageCount(reply.copied);
   busy_in_a_row_ = reply.error == EBUSY ? busy_in_a_row_ + 1 : 0;

@@ -12,8 +12,9 @@ void AddAgentOptions(CLI::App& app, AgentArguments& arguments) {
   app.add_option("--thp", arguments.thp,
                  "auto: huge pages where whole ones are in use; never: small pages only")
       ->option_text("auto|never");
-  app.add_option("--guard", arguments.guard, "How a batch is kept still: freeze, the only one yet")
-      ->option_text("freeze");
+  app.add_option("--guard", arguments.guard, "freeze: all threads stand still while a batch is swapped; fault: only those that write\n"
+                 "to it or make a system call")
+      ->option_text("freeze|fault");
 }
 
 Result<AgentOptions> ToAgentOptions(const AgentArguments& arguments) {
@@ -30,8 +31,12 @@ Result<AgentOptions> ToAgentOptions(const AgentArguments& arguments) {
   } else {
     return UserError("--thp is auto or never, not '{}'", arguments.thp);
   }
-  if (arguments.guard != "freeze") {
-    return UserError("--guard {} is not available here; the only one is freeze", arguments.guard);
+  if (arguments.guard == "freeze") {
+    options.guard = GuardPolicy::kFreeze;
+  } else if (arguments.guard == "fault") {
+    options.guard = GuardPolicy::kFault;
+  } else {
+    return UserError("--guard is freeze or fault, not '{}'", arguments.guard);
   }
   return options;
 }

@@ -1,0 +1,27 @@
+// See guard.h.
+#include "agent/guard.h"
+
+#include "agent/inject.h"
+#include "base/log.h"
+#include "os/ptrace.h"
+
+namespace unmoor {
+namespace {
+
+constexpr int kAttempts = 50;
+constexpr Nanos kStopTogether(5'000'000);
+
+}  // namespace
+
+bool Guard::Ready(Pid pid, const HelperLink& link) {
+  if (ready_ || attempts_ == kAttempts) return ready_;
+  ++attempts_;
+  ProgramStop stop(pid);
+  auto injected = stop.Stop(kStopTogether, {});
+  if (injected) injected = InjectWatch(pid, link.helper(), stop.threads());
+  ready_ = injected.has_value();
+  if (!ready_) spdlog::debug("no watch inside process {}: {}", pid.value, injected.error().message());
+  return ready_;
+}
+
+}  // namespace unmoor
