@@ -122,6 +122,10 @@ class BackgroundRemapper {
                                             const RemapOptions& options = {});
   // All of the map's ranges. `map` may be Released, but not unmapped, before the remapper ends.
   static StatusOr<BackgroundRemapper> Start(const DirectMap& map, const RemapOptions& options = {});
+  // Chosen parts of a map, or all of it with other promises than the default.
+  static StatusOr<BackgroundRemapper> Start(const DirectMap& map,
+                                            std::span<const RemapRange> ranges,
+                                            const RemapOptions& options = {});
 
   BackgroundRemapper(BackgroundRemapper&&) noexcept;
   BackgroundRemapper& operator=(BackgroundRemapper&&) noexcept;
@@ -143,6 +147,8 @@ class BackgroundRemapper {
  private:
   class Impl;
   explicit BackgroundRemapper(std::unique_ptr<Impl> impl);
+  static StatusOr<BackgroundRemapper> StartWith(std::span<const RemapRange> ranges,
+                                                const DirectMap* map, const RemapOptions& options);
   std::unique_ptr<Impl> impl_;
 };
 

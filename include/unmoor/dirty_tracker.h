@@ -10,9 +10,9 @@
 // system call that would write to a protected page fails with EFAULT, so `mechanism()` should be
 // looked at.
 //
-// Given to a remapper (RemapOptions::tracker) it keeps counting through the remap. Pages given back
-// (MADV_DONTNEED) count as changed; parts that were unmapped are no longer reported, nor are moved
-// ones. A child after fork has no tracker: Changed() there reports everything.
+// It keeps counting through a remap. Pages given back (MADV_DONTNEED), unmapped or moved count as
+// changed; what is mapped there anew is tracked from the next Reset() on. A child after fork has no
+// tracker: Changed() there reports everything.
 //
 // Methods may be called from any thread, not from signal handlers. Ranges of several trackers must
 // not overlap. What is written during a call of Reset() belongs to one side or the

@@ -1,5 +1,5 @@
 // See page_image.h.
-#include "agent/page_image.h"
+#include "remap/page_image.h"
 
 #include <algorithm>
 #include <cctype>

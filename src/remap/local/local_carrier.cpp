@@ -1,0 +1,699 @@
+// See local_carrier.h.
+#include "remap/local/local_carrier.h"
+
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <sys/mman.h>
+#include <sys/sysmacros.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+
+#include "base/fault_point.h"
+#include "image/layout.h"
+#include "os/file.h"
+#include "os/kernel_abi.h"
+#include "os/pagemap.h"
+#include "os/process_control.h"
+#include "os/procfs.h"
+#include "os/userfaultfd.h"
+#include "remap/page_image.h"
+
+namespace unmoor::local {
+namespace {
+
+constexpr size_t kSpareMaps = 64;  // what the remap may need for itself
+constexpr Nanos kPinCheckInterval(50'000'000);
+constexpr Nanos kPatience(10'000'000'000);  // for threads that do not come to rest
+constexpr int kPlanAttempts = 1000;
+constexpr size_t kRefusalsOfAnArea = 64;
+constexpr Bytes kHotChunk(uint64_t{32} << 20);
+
+constexpr struct {
+  const char* flag;
+  int advice;
+} kFlagAdvice[] = {{"hg", MADV_HUGEPAGE},  {"nh", MADV_NOHUGEPAGE}, {"dd", MADV_DONTDUMP},
+                   {"mg", MADV_MERGEABLE}, {"sr", MADV_SEQUENTIAL}, {"rr", MADV_RANDOM},
+                   {"dc", MADV_DONTFORK}};
+
+uint64_t DeviceOf(const Area& area) {
+  return uint64_t{area.dev_major} << 32 | area.dev_minor;
+}
+
+Failure Errno(int errnum, std::string message) {
+  return Failure(Error(ErrorKind::kMachine, errnum, std::move(message)));
+}
+
+bool SameMapping(const Area& a, const Area& b) {
+  return a.inode == b.inode && DeviceOf(a) == DeviceOf(b) && a.prot == b.prot &&
+         a.offset - a.range.begin.value == b.offset - b.range.begin.value;
+}
+
+Area Cut(const Area& area, VaddrRange part) {
+  Area cut = area;
+  cut.offset = area.OffsetOf(part.begin).value;
+  cut.range = part;
+  return cut;
+}
+
+bool IsFileOf(int fd, const Area& area) {
+  const auto info = StatFd(fd, "page image");
+  return info && info->st_ino == area.inode && major(info->st_dev) == area.dev_major &&
+         minor(info->st_dev) == area.dev_minor;
+}
+
+size_t MappingLimit() {
+  const auto text = ReadFile("/proc/sys/vm/max_map_count");
+  return text ? std::strtoul(text->c_str(), nullptr, 10) : 65530;
+}
+
+std::string NameOf(const Area& area) {
+  const auto vmas = ReadMaps(OwnPid());
+  if (!vmas) return {};
+  const auto vma = std::ranges::find_if(
+      *vmas, [&](const VmaInfo& v) { return v.range.Contains(area.file_vma.begin); });
+  return vma == vmas->end() ? std::string() : vma->name;
+}
+
+}  // namespace
+
+// --- what the carriers of one remapper share ----------------------------------------------------
+
+RemapShare::RemapShare(std::shared_ptr<Watcher> watcher, std::vector<ScopeRange> scope,
+                       std::vector<ImageSource> sources)
+    : watcher_(std::move(watcher)), scope_(std::move(scope)), sources_(std::move(sources)) {}
+
+RemapShare::~RemapShare() {
+  if (!watcher_->IsOfThisProcess()) return;  // its mirrors were unmapped by the fork
+  for (const Mirror& mirror : mirrors_) {
+    locks.address_space.Acquire();
+    RemoveMirror(mirror.reserved.memory.begin.value);
+    locks.address_space.Release();
+    UnmapOwn(mirror.reserved.whole);
+  }
+  for (const auto& [area, image] : images_) {
+    locks.address_space.Acquire();
+    AddImage({DeviceOf(area), area.inode, -1});
+    locks.address_space.Release();
+  }
+}
+
+// One mirror for each area, kept as long as the remapper: pages moved from one mirror to one area
+// are one VMA afterwards.
+Result<MirrorPlace> RemapShare::MirrorFor(const Area& area) {
+  VaddrRange hull{area.range.end, area.range.begin};
+  for (const ScopeRange& scope : scope_) {
+    const VaddrRange part = scope.memory.Intersect(area.range);
+    if (part.empty()) continue;
+    hull = {std::min(hull.begin, part.begin), std::max(hull.end, part.end)};
+  }
+  if (hull.empty()) hull = area.range;  // moved here by the program
+  const Area wanted = Cut(area, hull);
+  const std::lock_guard lock(mutex_);
+  auto mirror = std::ranges::find_if(mirrors_, [&](const Mirror& m) {
+    return m.area.range.Contains(wanted.range) && SameMapping(m.area, wanted);
+  });
+  if (mirror == mirrors_.end()) {
+    UNMOOR_ASSIGN(Mirror made, MakeMirror(wanted));
+    const MirrorPlace place{made.area.range.begin.value,
+                            made.area.range.end.value,
+                            DeviceOf(made.area),
+                            made.area.inode,
+                            made.area.offset,
+                            static_cast<uint32_t>(made.area.prot),
+                            made.reserved.memory.begin.value};
+    mirrors_.push_back(std::move(made));
+    mirror = std::prev(mirrors_.end());
+    locks.address_space.Acquire();
+    const bool room = AddMirror(place);
+    locks.address_space.Release();
+    if (!room) return Errno(ENOMEM, "too many separate areas to remap at once");
+  }
+  return MirrorPlace{mirror->area.range.begin.value,
+                     mirror->area.range.end.value,
+                     DeviceOf(mirror->area),
+                     mirror->area.inode,
+                     mirror->area.offset,
+                     static_cast<uint32_t>(mirror->area.prot),
+                     mirror->reserved.memory.begin.value};
+}
+
+Result<RemapShare::Mirror> RemapShare::MakeMirror(const Area& area) const {
+  UNMOOR_ASSIGN(const ReservedMemory reserved,
+                ReserveOwnMemory(area.range.size(), area.range.begin.value, area.HasFlag("nr")));
+  // Touching its first page gives the whole mirror one anon_vma before it is ever split; without
+  // that the pieces could not join again. SAFETY: fresh memory of ours.
+  *reinterpret_cast<volatile char*>(reserved.memory.begin.value) = 1;
+  const Bytes touched(std::min(area.range.size().value, kHugePageSize));
+  (void)AdviseOwn({reserved.memory.begin, reserved.memory.begin + touched}, MADV_DONTNEED);
+  for (const auto& f : kFlagAdvice) {
+    if (area.HasFlag(f.flag)) (void)AdviseOwn(reserved.memory, f.advice);
+  }
+  return Mirror{area, reserved};
+}
+
+const RemapShare::Image* RemapShare::ImageOf(const Area& area, bool verify) {
+  const std::lock_guard lock(mutex_);
+  for (const auto& [known, image] : images_) {
+    const bool same = known.inode == area.inode && DeviceOf(known) == DeviceOf(area);
+    if (same && image->fd >= 0) return image.get();
+  }
+  auto image = std::make_unique<Image>(OpenImage(area, verify));
+  locks.address_space.Acquire();
+  AddImage({DeviceOf(area), area.inode, image->fd});
+  locks.address_space.Release();
+  images_.emplace_back(area, std::move(image));
+  return images_.back().second.get();
+}
+
+// The caller's knowledge first; then the file by its name, if it is still the same file; then by
+// /proc, where our rights allow. Without any of these pages are read through the mapping.
+RemapShare::Image RemapShare::OpenImage(const Area& area, bool verify) const {
+  Image image;
+  for (const ImageSource& source : sources_) {
+    const VaddrRange part = source.memory.Intersect(area.range);
+    if (part.empty() ||
+        source.offset + (part.begin - source.memory.begin) != area.OffsetOf(part.begin)) {
+      continue;
+    }
+    image.layer = source.layer;
+    image.fd = source.layer->pages_fd().get();
+    image.path = source.layer->pages_path();
+    return image;
+  }
+  image.path = NameOf(area);
+  const std::string by_range = fmt::format("/proc/self/map_files/{:x}-{:x}",
+                                           area.file_vma.begin.value, area.file_vma.end.value);
+  for (const std::string& path : {image.path, by_range}) {
+    auto fd = OpenFile(path, O_RDONLY);
+    if (!fd || !IsFileOf(fd->get(), area)) continue;
+    image.opened = std::move(*fd);
+    image.fd = image.opened.get();
+    break;
+  }
+  constexpr std::string_view kPages = ".pages";
+  if (!verify || image.fd < 0 || !image.path.ends_with(kPages)) return image;
+  const std::string index = image.path.substr(0, image.path.size() - kPages.size()) + ".index";
+  auto layer = LayerReader::Open(image.path, index);
+  if (!layer || !IsFileOf(layer->pages_fd().get(), area) || !layer->LoadHashes()) return image;
+  image.layer = std::make_shared<const LayerReader>(std::move(*layer));
+  return image;
+}
+
+void RemapShare::Refuse(VaddrRange range, const std::string& reason) {
+  const std::lock_guard lock(mutex_);
+  refused_.Insert(range);
+  ++refusals_;
+  if (refusal_.empty()) refusal_ = reason;
+  watcher_->NoteRefusal(reason);
+}
+
+RangeSet RemapShare::refused() const {
+  const std::lock_guard lock(mutex_);
+  return refused_;
+}
+
+std::string RemapShare::refusal() const {
+  const std::lock_guard lock(mutex_);
+  if (refusals_ <= 1) return refusal_;
+  return fmt::format("{} (and {} more)", refusal_, refusals_ - 1);
+}
+
+size_t RemapShare::refusals() const {
+  const std::lock_guard lock(mutex_);
+  return refusals_;
+}
+
+// --- planning -----------------------------------------------------------------------------------
+
+LocalCarrier::LocalCarrier(std::shared_ptr<RemapShare> share, std::vector<ScopeRange> scope,
+                           LocalOptions options)
+    : share_(std::move(share)),
+      scope_(std::move(scope)),
+      options_(std::move(options)),
+      bounce_(kBlockSize),
+      room_(std::make_unique<WindowRoom>()),
+      moves_seen_(MoveCount()) {}
+
+LocalCarrier::~LocalCarrier() {
+  if (!share_->watcher().IsOfThisProcess()) {
+    (void)staging_.Release();
+    return;
+  }
+  End();
+  if (!scratch_.whole.empty()) UnmapOwn(scratch_.whole);
+}
+
+void LocalCarrier::End() {
+  for (const VaddrRange range : watched_.Inside({Vaddr(0), Vaddr(~uint64_t{0})})) {
+    if (!IsTracked(range.begin.value, range.end.value)) share_->watcher().Unwatch(range);
+  }
+  watched_ = RangeSet();
+}
+
+Result<std::vector<Carrier::PlannedArea>> LocalCarrier::Plan() {
+  UNMOOR_TRY(CheckNoPinnedMemory());
+  for (int attempt = 0;; ++attempt) {
+    const auto planned = PlanOnce();
+    if (planned) break;
+    // The program runs: what was read a moment ago may be unmapped or mapped over by now.
+    const int errnum = planned.error().errnum();
+    if ((errnum != EINVAL && errnum != ENOENT) || attempt == kPlanAttempts) {
+      return Failure(planned.error());
+    }
+    UNMOOR_TRY(HandleEvents());
+  }
+  SortPlan();
+  std::vector<PlannedArea> areas;
+  for (const Planned& p : plan_) areas.push_back(p.planned);
+  return areas;
+}
+
+Result<> LocalCarrier::PlanOnce() {
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(OwnPid()));
+  if (vmas.size() + kSpareMaps > MappingLimit()) {
+    return Errno(ENOMEM, fmt::format("the process has {} of the {} mappings it may have; raise "
+                                     "vm.max_map_count",
+                                     vmas.size(), MappingLimit()));
+  }
+  plan_.clear();
+  stale_ = false;
+  const std::vector<Area> areas = FindAreas(vmas, MapsPageImage, none_);
+  const RangeSet refused = share_->refused();
+  for (const ScopeRange& scope : scope_) {
+    for (const Area& area : areas) {
+      for (const VaddrRange part : refused.Outside(scope.memory.Intersect(area.range))) {
+        UNMOOR_TRY(PlanPart(area, part, scope.guarded));
+      }
+    }
+  }
+  return {};
+}
+
+Result<> LocalCarrier::PlanPart(const Area& whole, VaddrRange part, bool guarded) {
+  const RemapShare::Image* image = share_->ImageOf(whole, options_.verify);
+  Planned planned;
+  planned.planned.area = Cut(whole, part);
+  planned.image = image;
+  planned.guarded = guarded;
+  const VaddrRange lost = RefuseTruncated(planned.planned.area, *image);
+  if (!lost.empty()) {
+    if (lost.begin == part.begin) return {};
+    return PlanPart(whole, {part.begin, lost.begin}, guarded);
+  }
+  UNMOOR_ASSIGN(planned.mirror, share_->MirrorFor(whole));
+  UNMOOR_TRY(share_->watcher().Watch(part));
+  watched_.Insert(part);
+  planned.planned.image_data = DataOf(planned.planned.area, *image);
+  plan_.push_back(std::move(planned));
+  return {};
+}
+
+// A page behind the end of its file is the program's SIGBUS to take; zeros must not take its place.
+VaddrRange LocalCarrier::RefuseTruncated(const Area& area, const RemapShare::Image& image) {
+  if (image.fd < 0) return {};
+  const auto info = StatFd(image.fd, image.path);
+  if (!info) return {};
+  const auto size = static_cast<uint64_t>(info->st_size);
+  const uint64_t end = area.OffsetOf(area.range.end).value;
+  const bool shorter = image.layer != nullptr && size < image.layer->info().file_size.value;
+  if (size >= end || (image.layer == nullptr && size + kPageSize > end)) return {};
+  const uint64_t kept = AlignDown(std::max(size, area.offset) - area.offset, kPageSize);
+  const VaddrRange lost{area.range.begin + Bytes(kept), area.range.end};
+  share_->Refuse(lost, fmt::format("{} was truncated{}: it ends at offset {}, so memory {} stays "
+                                   "direct-mapped",
+                                   image.path, shorter ? " since it was made" : "", size, lost));
+  return lost;
+}
+
+RangeSet LocalCarrier::DataOf(const Area& area, const RemapShare::Image& image) const {
+  RangeSet data;
+  const FileRange wanted{FileOffset(area.offset), area.OffsetOf(area.range.end)};
+  const auto insert = [&](FileRange range) {
+    const FileRange part = range.Intersect(wanted);
+    if (part.empty()) return;
+    data.Insert({area.range.begin + (part.begin - wanted.begin),
+                 area.range.begin + (part.end - wanted.begin)});
+  };
+  if (image.layer != nullptr) {
+    for (const Segment& segment : image.layer->segments()) insert(segment.file_range());
+    return data;
+  }
+  const auto ranges = image.fd < 0 ? Result<std::vector<FileRange>>(Errno(EBADF, ""))
+                                   : DataRanges(image.fd, wanted, image.path);
+  if (!ranges) insert(wanted);
+  if (ranges) std::ranges::for_each(*ranges, insert);
+  return data;
+}
+
+void LocalCarrier::SortPlan() {
+  const auto by_address = [](const Planned& a, const Planned& b) {
+    return a.planned.area.range.begin < b.planned.area.range.begin;
+  };
+  if (options_.order == CopyOrder::kSequential) std::ranges::sort(plan_, by_address);
+  if (options_.order != CopyOrder::kHotFirst) return;
+  std::vector<std::pair<Bytes, Planned>> chunks;
+  for (const Planned& planned : plan_) {
+    const VaddrRange range = planned.planned.area.range;
+    for (Vaddr at = range.begin; at < range.end;) {
+      const Vaddr end =
+          std::min(range.end, Vaddr(AlignDown(at.value, kHotChunk.value) + kHotChunk.value));
+      Planned chunk = planned;
+      chunk.planned.area = Cut(planned.planned.area, {at, end});
+      Bytes own;
+      const auto pages = OwnPages({at, end}, false);
+      if (pages) {
+        for (const VaddrRange run : *pages) own += run.size();
+      }
+      chunks.emplace_back(own, std::move(chunk));
+      at = end;
+    }
+  }
+  std::ranges::stable_sort(chunks, [](const auto& a, const auto& b) { return a.first > b.first; });
+  plan_.clear();
+  for (auto& [own, chunk] : chunks) plan_.push_back(std::move(chunk));
+}
+
+// Memory that devices or the kernel write to behind the page tables cannot be moved safely, and
+// nothing tells which it is; so with asynchronous I/O set up everything is left alone.
+Result<> LocalCarrier::CheckNoPinnedMemory() {
+  last_pin_check_ = MonotonicNow();
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(OwnPid()));
+  for (const VmaInfo& vma : vmas) {
+    if (vma.name.starts_with("/[aio]")) {
+      return Errno(EBUSY, "the process uses Linux AIO, whose buffers must not move; close it");
+    }
+  }
+  UNMOOR_ASSIGN(const std::vector<std::string> fds, ListDirectory("/proc/self/fd"));
+  for (const std::string& fd : fds) {
+    const auto target = ReadLink("/proc/self/fd/" + fd);
+    if (target && *target == "anon_inode:[io_uring]") {
+      return Errno(EBUSY, "the process uses io_uring, whose buffers must not move; close it");
+    }
+  }
+  return {};
+}
+
+// --- events -------------------------------------------------------------------------------------
+
+Result<bool> LocalCarrier::HandleEvents() {
+  if (options_.gate) UNMOOR_TRY(options_.gate(Bytes(0)));
+  FollowMoves();
+  return std::exchange(stale_, false);
+}
+
+// What the program moved stays in scope where it is now.
+void LocalCarrier::FollowMoves() {
+  for (const uint64_t count = MoveCount(); moves_seen_ < count; ++moves_seen_) {
+    MovedRange move;
+    if (!ReadMove(moves_seen_, move)) continue;
+    const VaddrRange from{Vaddr(move.from), Vaddr(move.from + move.length)};
+    for (size_t i = 0, known = scope_.size(); i < known; ++i) {
+      const VaddrRange part = scope_[i].memory.Intersect(from);
+      if (part.empty()) continue;
+      const Vaddr to = Vaddr(move.to) + (part.begin - from.begin);
+      scope_.push_back({{to, to + part.size()}, scope_[i].guarded});
+      stale_ = true;
+    }
+  }
+}
+
+void LocalCarrier::Pause(Nanos time) {
+  SleepFor(time);
+}
+
+// --- copying ------------------------------------------------------------------------------------
+
+Result<std::vector<VaddrRange>> LocalCarrier::OwnPages(VaddrRange range, bool written_only) {
+  std::vector<VaddrRange> pages;
+  const auto scanned = ScanOwnPages(share_->watcher().fds().pagemap, range, written_only,
+                                    [&](VaddrRange run, bool written) {
+                                      if (written) NoteWritten(run.begin.value, run.end.value);
+                                      if (!pages.empty() && pages.back().end == run.begin) {
+                                        pages.back().end = run.end;
+                                      } else {
+                                        pages.push_back(run);
+                                      }
+                                    });
+  if (!scanned) stale_ = true;
+  return pages;
+}
+
+Result<> LocalCarrier::EnsureScratch() {
+  if (!scratch_.whole.empty()) return {};
+  UNMOOR_ASSIGN(scratch_, ReserveOwnMemory(Bytes(kHugePageSize), 0, false));
+  (void)AdviseOwn(scratch_.memory, MADV_HUGEPAGE);
+  (void)AdviseOwn(scratch_.memory, MADV_DONTFORK);  // a page a child shares could not be moved
+  auto staging = CreateOwnUserFaultFd(kernel::kUffdFeatureMove);
+  can_move_ = staging.has_value();
+  if (staging) staging_ = std::move(*staging);
+  return {};
+}
+
+Result<> LocalCarrier::Copy(size_t index, std::span<const CopyStep> steps) {
+  const Planned& target = plan_[index];
+  const VaddrRange mirror{target.At(steps.front().block.begin), target.At(steps.back().block.end)};
+  // A block copied before and given back, or of an earlier plan, starts afresh.
+  (void)AdviseOwn(mirror, MADV_DONTNEED);
+  if (target.planned.area.prot != (PROT_READ | PROT_WRITE)) {
+    (void)ProtectOwn(mirror, PROT_READ | PROT_WRITE);
+  }
+  UNMOOR_TRY(EnsureScratch());
+  VaddrRange huge_span;
+  for (const CopyStep& step : steps) {
+    if (!step.huge || !can_move_) continue;
+    if (huge_span.empty()) huge_span.begin = target.At(step.block.begin);
+    huge_span.end = target.At(step.block.end);
+  }
+  if (!huge_span.empty()) {
+    UNMOOR_TRY(UffdRegister(staging_.get(), huge_span, UffdMode::kMissing));
+    Result<> copied;
+    for (const CopyStep& step : steps) {
+      if (copied && step.huge && !stale_) copied = CopyHuge(target, step);
+    }
+    UNMOOR_TRY(UffdUnregister(staging_.get(), huge_span));
+    UNMOOR_TRY(copied);
+  }
+  Bytes size;
+  for (const CopyStep& step : steps) {
+    size += step.content.size();
+    if ((step.huge && can_move_) || stale_) continue;
+    UNMOOR_TRY(CopyContent(target, step.content, step.block.begin, target.At(step.block.begin)));
+  }
+  if (options_.gate) UNMOOR_TRY(options_.gate(size));
+  return {};
+}
+
+// A whole block by way of the scratch block: UFFDIO_MOVE gives its huge page away.
+Result<> LocalCarrier::CopyHuge(const Planned& target, const CopyStep& step) {
+  UNMOOR_TRY(CopyContent(target, step.content, step.block.begin, scratch_.memory.begin));
+  if (stale_) return {};
+  const int error = MoveOwnPages(staging_.get(), target.At(step.block.begin), scratch_.memory.begin,
+                                 Bytes(kHugePageSize));
+  if (error != 0) return SystemError(error, "cannot move a page into staging");
+  return {};
+}
+
+// `to` stands for `block`.
+Result<> LocalCarrier::CopyContent(const Planned& target, const BlockContent& content, Vaddr block,
+                                   Vaddr to) {
+  for (const VaddrRange pages : content.image) {
+    UNMOOR_TRY(ReadImage(target, pages, to + (pages.begin - block)));
+  }
+  for (const VaddrRange pages : content.own) {
+    UNMOOR_TRY(CopyOwn(pages, to + (pages.begin - block)));
+  }
+  return {};
+}
+
+Result<> LocalCarrier::ReadImage(const Planned& target, VaddrRange pages, Vaddr to) {
+  const RemapShare::Image& image = *target.image;
+  if (image.fd < 0) return CopyOwn(pages, to);
+  const FileOffset begin = target.planned.area.OffsetOf(pages.begin);
+  const bool verify = options_.verify && image.layer != nullptr;
+  if (!verify) return ReadBlock(target, begin, pages, to);
+  for (Vaddr at = pages.begin; at < pages.end && !stale_;) {
+    const FileOffset offset = begin + (at - pages.begin);
+    const FileOffset block(AlignDown(offset.value, kBlockSize));
+    const Bytes rest(block.value + kBlockSize - offset.value);
+    const VaddrRange part{at, std::min(pages.end, at + rest)};
+    UNMOOR_TRY(ReadBlock(target, block, part, to + (at - pages.begin)));
+    at = part.end;
+  }
+  return {};
+}
+
+// `pages` of one hashed block, compared before they are used; what is compared is what is used.
+// Without a hash to compare with, `block` is the offset of pages.begin.
+Result<> LocalCarrier::ReadBlock(const Planned& target, FileOffset block, VaddrRange pages,
+                                 Vaddr to) {
+  const RemapShare::Image& image = *target.image;
+  const bool verify = options_.verify && image.layer != nullptr;
+  const bool whole = !verify || pages.size().value == kBlockSize;
+  // SAFETY: only handed to pread and the hash.
+  const Vaddr into = whole ? to : Vaddr(reinterpret_cast<uint64_t>(bounce_.data()));
+  const Bytes length = whole ? pages.size() : Bytes(kBlockSize);
+  const int error = ReadFileInto(image.fd, into, length, block);
+  if (error == ENODATA) {
+    RefuseBlock(target, pages.begin, block, "ends before");
+    return {};
+  }
+  if (error == EFAULT) {
+    stale_ = true;
+    return {};
+  }
+  if (error == EIO) {
+    RefuseBlock(target, pages.begin, block, "cannot be read (EIO) at");
+    return {};
+  }
+  if (error != 0) return SystemError(error, fmt::format("cannot read {}", image.path));
+  if (!verify) return {};
+  // SAFETY: the bytes just read into memory of ours.
+  const std::span bytes(reinterpret_cast<const std::byte*>(into.value), kBlockSize);
+  if (!image.layer->BlockMatches(block, bytes)) {
+    RefuseBlock(target, pages.begin, block, "does not match its hash in the 64 KiB at");
+    return {};
+  }
+  if (!whole) {
+    const uint64_t skip = target.planned.area.OffsetOf(pages.begin).value - block.value;
+    // SAFETY: staging memory of ours.
+    std::copy_n(bytes.begin() + static_cast<ptrdiff_t>(skip), pages.size().value,
+                reinterpret_cast<std::byte*>(to.value));
+  }
+  return {};
+}
+
+// The 2 MiB around `at` stay direct-mapped; where there are many such, all of the area from there.
+void LocalCarrier::RefuseBlock(const Planned& target, Vaddr at, FileOffset offset,
+                               const char* problem) {
+  const VaddrRange area = target.planned.area.range;
+  VaddrRange lost = VaddrRange{Vaddr(AlignDown(at.value, kHugePageSize)),
+                               Vaddr(AlignDown(at.value, kHugePageSize) + kHugePageSize)}
+                        .Intersect(area);
+  if (share_->refusals() >= kRefusalsOfAnArea) lost.end = area.end;
+  share_->Refuse(lost, fmt::format("{} {} offset {}: memory {} stays direct-mapped",
+                                   target.image->path, problem, offset.value, lost));
+  stale_ = true;
+}
+
+Result<> LocalCarrier::CopyOwn(VaddrRange pages, Vaddr to) {
+  int error = ReadOwnMemory(to, pages);
+  if (error == EFAULT) {
+    // Not readable, perhaps: /proc/self/mem reads it all the same. Otherwise unmapped meanwhile.
+    error = ReadFileInto(share_->watcher().fds().memory, to, pages.size(),
+                         FileOffset(pages.begin.value));
+  }
+  if (error == EFAULT || error == EIO || error == ENODATA) {
+    stale_ = true;
+    return {};
+  }
+  if (error != 0) return SystemError(error, fmt::format("cannot copy {}", pages));
+  return {};
+}
+
+Result<> LocalCarrier::CopyAgain(size_t index, std::span<const VaddrRange> pages) {
+  for (const VaddrRange range : pages) {
+    UNMOOR_TRY(CopyOwn(range, plan_[index].At(range.begin)));
+  }
+  return {};
+}
+
+// --- windows ------------------------------------------------------------------------------------
+
+WindowPiece LocalCarrier::PieceOf(size_t index, VaddrRange range) const {
+  const Planned& target = plan_[index];
+  const Area& area = target.planned.area;
+  return {range.begin.value,
+          range.end.value,
+          target.At(range.begin).value,
+          DeviceOf(area),
+          area.inode,
+          area.OffsetOf(range.begin).value,
+          static_cast<uint32_t>(area.prot)};
+}
+
+Result<SwapOutcome> LocalCarrier::Swap(std::span<const Piece> pieces, PageCount dirty_limit) {
+  if (MonotonicNow() - last_pin_check_ > kPinCheckInterval) UNMOOR_TRY(CheckNoPinnedMemory());
+  frozen_pieces_.clear();
+  guarded_pieces_.clear();
+  for (const Piece& piece : pieces) {
+    if (!plan_[piece.area].guarded) {
+      frozen_pieces_.push_back(PieceOf(piece.area, piece.range));
+      continue;
+    }
+    for (const VaddrRange block : CutIntoBlocks(piece.range)) {
+      guarded_pieces_.push_back(PieceOf(piece.area, block));
+    }
+  }
+  UNMOOR_TRY(FaultPoint("local.before_swap"));
+  if (!guarded_pieces_.empty()) {
+    UNMOOR_ASSIGN(const SwapOutcome outcome, SwapGuardedPieces(guarded_pieces_, dirty_limit));
+    if (outcome.result != SwapResult::kSwapped || frozen_pieces_.empty()) return outcome;
+  }
+  // Three quarters of the pause for the threads to come, the rest for recheck and swap. A machine
+  // under load may not get every thread onto a core that soon; rather than never finishing, the
+  // time grows.
+  const int64_t patience = int64_t{1} << std::min(busy_in_a_row_ / 2, 7);
+  const WindowResult result = SwapFrozen(
+      share_->watcher().fds(), frozen_pieces_.data(), static_cast<uint32_t>(frozen_pieces_.size()),
+      dirty_limit.value, options_.max_pause.value * 3 / 4 * patience, *room_);
+  auto outcome = Conclude(result);
+  if (outcome && result.skipped && outcome->result == SwapResult::kSwapped) {
+    for (const WindowPiece& piece : frozen_pieces_) {
+      const Vaddr mirror(piece.mirror);
+      (void)AdviseOwn({mirror, mirror + Bytes(piece.end - piece.begin)}, MADV_DONTNEED);
+    }
+  }
+  return outcome;
+}
+
+Result<SwapOutcome> LocalCarrier::SwapGuardedPieces(std::span<const WindowPiece> pieces,
+                                                    PageCount dirty_limit) {
+  SwapOutcome all;
+  all.result = SwapResult::kSwapped;
+  for (const WindowPiece& piece : pieces) {
+    const WindowResult result =
+        SwapGuarded(share_->watcher().fds(), piece, dirty_limit.value, *room_);
+    longest_guard_ = std::max(longest_guard_, Nanos(result.guard_ns));
+    UNMOOR_ASSIGN(const SwapOutcome outcome, Conclude(result));
+    all.recopied += outcome.recopied;
+    all.pause = std::max(all.pause, outcome.pause);
+    all.result = outcome.result;
+    if (outcome.result != SwapResult::kSwapped) return all;
+  }
+  return all;
+}
+
+Result<SwapOutcome> LocalCarrier::Conclude(const WindowResult& result) {
+  SwapOutcome outcome;
+  outcome.pause = Nanos(result.pause_ns);
+  outcome.recopied = PageCount(result.recopied);
+  if (result.outcome != WindowResult::kBusy) busy_in_a_row_ = 0;
+  switch (result.outcome) {
+    case WindowResult::kSwapped:
+      outcome.result = SwapResult::kSwapped;
+      return outcome;
+    case WindowResult::kTooDirty:
+      outcome.result = SwapResult::kTooDirty;
+      return outcome;
+    case WindowResult::kStale:
+      outcome.result = SwapResult::kStale;
+      return outcome;
+    case WindowResult::kFailed:
+      return SystemError(result.error, "cannot swap a batch");
+    case WindowResult::kBusy:
+      break;
+  }
+  if (busy_in_a_row_++ == 0) busy_since_ = MonotonicNow();
+  if (MonotonicNow() - busy_since_ > kPatience) {
+    busy_in_a_row_ = 0;
+    return Errno(EBUSY, fmt::format("thread {} does not come to rest: it sleeps in the kernel, or "
+                                    "has the freeze signal blocked",
+                                    result.late_thread));
+  }
+  outcome.result = SwapResult::kBusy;
+  return outcome;
+}
+
+}  // namespace unmoor::local

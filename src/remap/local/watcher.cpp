@@ -1,0 +1,178 @@
+// See watcher.h.
+#include "remap/local/watcher.h"
+
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "os/file.h"
+#include "os/kernel_abi.h"
+#include "os/own_process.h"
+#include "os/pagemap.h"
+#include "os/process_control.h"
+#include "os/userfaultfd.h"
+#include "remap/local/fault_guard.h"
+#include "remap/local/rendezvous.h"
+
+namespace unmoor::local {
+namespace {
+
+// One for each process, as its address space has one reader of events: see the head of watcher.h.
+std::mutex current_mutex;
+std::weak_ptr<Watcher> current;
+Descriptors current_fds;  // for the forked child to close
+
+// fork() takes no part in a window: it waits for one that is open, and none opens during it.
+void BeforeFork() {
+  current_mutex.lock();
+  locks.window.Acquire();
+}
+
+void AfterForkInParent() {
+  locks.window.Release();
+  current_mutex.unlock();
+}
+
+void AfterForkInChild() {
+  ResetAfterFork();
+  ResetFaultGuardAfterFork();
+  ResetWindowsAfterFork();
+  // The parent's userfaultfd must not outlive the parent's own use of it.
+  for (const int fd : {current_fds.uffd, current_fds.maps, current_fds.pagemap, current_fds.memory,
+                       current_fds.tasks}) {
+    if (fd >= 0) raw::Call(__NR_close, fd);
+  }
+  current_fds = {};
+  current.reset();
+  current_mutex.unlock();
+}
+
+}  // namespace
+
+Result<std::shared_ptr<Watcher>> Watcher::Get(int freeze_signal) {
+  static const int registered = ::pthread_atfork(BeforeFork, AfterForkInParent, AfterForkInChild);
+  if (registered != 0) return SystemError(registered, "pthread_atfork");
+  const std::lock_guard lock(current_mutex);
+  if (auto watcher = current.lock(); watcher && watcher->IsOfThisProcess()) {
+    const int wanted =
+        freeze_signal == 0 ? 0 : static_cast<int>(InstallFreezeHandler(freeze_signal));
+    if (wanted < 0) return UserError("another remapper uses another freeze_signal");
+    return watcher;
+  }
+  std::shared_ptr<Watcher> watcher(new Watcher);
+  UNMOOR_TRY(watcher->Begin(freeze_signal));
+  current = watcher;
+  current_fds = watcher->descriptors_;
+  return watcher;
+}
+
+Result<> Watcher::Begin(int freeze_signal) {
+  owner_ = OwnPid().value;
+  UNMOOR_ASSIGN(maps_, OpenFile("/proc/self/maps", O_RDONLY));
+  UNMOOR_ASSIGN(pagemap_, OpenFile("/proc/self/pagemap", O_RDONLY));
+  UNMOOR_ASSIGN(memory_, OpenFile("/proc/self/mem", O_RDWR));
+  UNMOOR_ASSIGN(tasks_, OpenFile("/proc/self/task", O_RDONLY | O_DIRECTORY));
+  UNMOOR_TRY(QueryVma(maps_.get(), Vaddr(0)));
+  UNMOOR_ASSIGN(uffd_, CreateOwnUserFaultFd(kernel::kUffdFeatureWpAsync | UFFD_FEATURE_EVENT_REMAP |
+                                            UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP));
+  UNMOOR_ASSIGN(stop_, CreateEventFd());
+  descriptors_ = {uffd_.get(), maps_.get(), pagemap_.get(), memory_.get(), tasks_.get()};
+  // After the first thread was made: glibc installs its own handler of this signal then.
+  thread_ = StartQuietThread("unmoor-events", [this] {
+    AddEventsThread();
+    ServeLoop();
+    RemoveEventsThread();
+  });
+  const long error =
+      InstallFreezeHandler(freeze_signal == 0 ? kDefaultFreezeSignal : freeze_signal);
+  if (error == -EBUSY && freeze_signal == 0) return {};  // an earlier one's choice serves as well
+  if (error < 0) return SystemError(static_cast<int>(-error), "cannot install the freeze signal");
+  return {};
+}
+
+Watcher::~Watcher() {
+  if (!IsOfThisProcess()) {
+    // The thread stayed in the parent and the descriptors were closed by the fork.
+    if (thread_.joinable()) new std::thread(std::move(thread_));
+    for (Fd* fd : {&uffd_, &maps_, &pagemap_, &memory_, &tasks_}) (void)fd->Release();
+    return;
+  }
+  if (thread_.joinable()) {
+    SignalEventFd(stop_.get());
+    thread_.join();
+  }
+  const std::lock_guard lock(current_mutex);
+  if (current_fds.uffd == uffd_.get()) current_fds = {};
+  ReleaseFaultHandler();
+}
+
+bool Watcher::IsOfThisProcess() const {
+  return owner_ == OwnPid().value;
+}
+
+Result<> Watcher::Watch(VaddrRange range) {
+  return UffdRegister(uffd_.get(), range, UffdMode::kWriteProtect);
+}
+
+void Watcher::Unwatch(VaddrRange range) {
+  for (Vaddr at = range.begin; at < range.end;) {
+    const auto vma = QueryVma(maps_.get(), at);
+    if (!vma || !*vma || (*vma)->range.begin >= range.end) return;
+    const VaddrRange part = (*vma)->range.Intersect(range);
+    (void)UffdUnregister(uffd_.get(), part);
+    at = (*vma)->range.end;
+  }
+}
+
+// Allocates nothing: a thread that waits for its event may hold the allocator's lock.
+void Watcher::ServeLoop() {
+  pollfd waiting[2] = {{uffd_.get(), POLLIN, 0}, {stop_.get(), POLLIN, 0}};
+  for (;;) {
+    if (::poll(waiting, 2, -1) < 0) continue;
+    if ((waiting[0].revents & POLLIN) != 0) ServeEvents(descriptors_);
+    if ((waiting[0].revents & (POLLERR | POLLHUP | POLLNVAL)) != 0) waiting[0].fd = -1;
+    if ((waiting[1].revents & POLLIN) != 0) return;
+  }
+}
+
+bool Watcher::Claim(std::span<const VaddrRange> ranges) {
+  const std::lock_guard lock(mutex_);
+  for (const VaddrRange range : ranges) {
+    if (std::ranges::any_of(claimed_, [&](VaddrRange r) { return r.Overlaps(range); })) {
+      return false;
+    }
+  }
+  claimed_.insert(claimed_.end(), ranges.begin(), ranges.end());
+  return true;
+}
+
+void Watcher::Disclaim(std::span<const VaddrRange> ranges) {
+  const std::lock_guard lock(mutex_);
+  for (const VaddrRange range : ranges) std::erase(claimed_, range);
+}
+
+void Watcher::NoteRefusal(const std::string& reason) {
+  const std::lock_guard lock(mutex_);
+  if (refusal_.empty()) refusal_ = reason;
+}
+
+std::string Watcher::Refusal() {
+  const std::lock_guard lock(current_mutex);
+  const auto watcher = current.lock();
+  if (!watcher || !watcher->IsOfThisProcess()) return {};
+  const std::lock_guard inner(watcher->mutex_);
+  return watcher->refusal_;
+}
+
+std::thread StartEngineThread(const char* name, std::function<void()> body) {
+  return StartQuietThread(name, [body = std::move(body)] {
+    UnblockFreezeSignal();
+    body();
+  });
+}
+
+}  // namespace unmoor::local

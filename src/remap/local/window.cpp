@@ -1,0 +1,632 @@
+// Freestanding. See window.h. No libc, no allocation, no sanitizers.
+#include "remap/local/window.h"
+
+#include <linux/userfaultfd.h>
+
+#include "os/kernel_abi.h"
+#include "remap/local/fault_guard.h"
+#include "remap/local/rendezvous.h"
+
+namespace unmoor::local {
+
+Locks locks;
+
+namespace {
+
+using raw::Address;
+using raw::Call;
+using raw::Word;
+
+constexpr uint64_t kPage = 4096;
+constexpr uint32_t kRead = 1, kWrite = 2;  // PROT_…
+constexpr long kPrivateAnonymousFixed = 0x02 | 0x20 | 0x10;
+constexpr long kMoveFixedDontUnmap = 1 | 2 | 4;  // MREMAP_…
+constexpr long kDontNeed = 4;                    // MADV_…
+constexpr uint32_t kMaxImages = 1024, kMaxMirrors = 4096, kMaxTracked = 1024, kMaxMoves = 256;
+constexpr int kEventsAtOnce = 64;
+constexpr int64_t kDetachLimit = 20'000'000;
+constexpr long kEstale = 116, kE2big = 7;
+
+struct TrackedRange {
+  uint64_t begin = 0, end = 0;  // end 0: free
+  uint64_t* bits = nullptr;
+};
+
+struct State {
+  KnownImage images[kMaxImages];
+  uint32_t image_count = 0;
+  MirrorPlace mirrors[kMaxMirrors];
+  uint32_t mirror_count = 0;
+  TrackedRange tracked[kMaxTracked];
+  MovedRange moves[kMaxMoves];
+  uint64_t move_count = 0;
+};
+State state;
+
+const KnownImage* FindImage(uint64_t device, uint64_t inode) {
+  if (inode == 0) return nullptr;
+  for (uint32_t i = 0; i < state.image_count; ++i) {
+    const KnownImage& image = state.images[i];
+    if (image.device == device && image.inode == inode) return &image;
+  }
+  return nullptr;
+}
+
+uint64_t DeviceOf(const kernel::ProcmapQuery& vma) {
+  return uint64_t{vma.dev_major} << 32 | vma.dev_minor;
+}
+
+// The VMA that holds `at`, or the next one.
+bool QueryVma(const Descriptors& fds, uint64_t at, kernel::ProcmapQuery& vma) {
+  vma = {};
+  vma.size = sizeof(vma);
+  vma.query_flags = kernel::kProcmapQueryCoveringOrNext;
+  vma.query_addr = at;
+  return Call(__NR_ioctl, fds.maps, Word(kernel::kProcmapQuery), Address(&vma)) == 0;
+}
+
+bool IsImage(const kernel::ProcmapQuery& vma) {
+  return (vma.vma_flags & 8 /*shared*/) == 0 && FindImage(DeviceOf(vma), vma.inode) != nullptr;
+}
+
+long Unregister(const Descriptors& fds, uint64_t begin, uint64_t end) {
+  uffdio_range range{begin, end - begin};
+  return Call(__NR_ioctl, fds.uffd, Word(UFFDIO_UNREGISTER), Address(&range));
+}
+
+long Register(const Descriptors& fds, uint64_t begin, uint64_t end) {
+  uffdio_register range{};
+  range.range = {begin, end - begin};
+  range.mode = UFFDIO_REGISTER_MODE_WP;
+  return Call(__NR_ioctl, fds.uffd, Word(UFFDIO_REGISTER), Address(&range));
+}
+
+long WriteProtect(const Descriptors& fds, uint64_t begin, uint64_t end) {
+  uffdio_writeprotect range{};
+  range.range = {begin, end - begin};
+  range.mode = UFFDIO_WRITEPROTECT_MODE_WP;
+  long error = 0;
+  do {
+    error = Call(__NR_ioctl, fds.uffd, Word(UFFDIO_WRITEPROTECT), Address(&range));
+  } while (error == -raw::kEagain);
+  return error;
+}
+
+long Protect(uint64_t begin, uint64_t end, uint32_t protection) {
+  return Call(__NR_mprotect, Word(begin), Word(end - begin), static_cast<long>(protection));
+}
+
+long MoveOver(uint64_t from, uint64_t to, uint64_t length) {
+  // SAFETY: `to` was verified to be the mapping that is to be replaced, and nobody can change that
+  // now; `from` is our mirror. DONTUNMAP keeps our hold on the mirror's addresses.
+  return Call(__NR_mremap, Word(from), Word(length), Word(length), kMoveFixedDontUnmap, Word(to));
+}
+
+void CopyBytes(uint64_t to, uint64_t from, uint64_t length) {
+  // SAFETY: both ranges are mapped; nobody can unmap them now.
+  asm volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(length) : : "memory");
+}
+
+// Reads memory of our own that somebody may unmap meanwhile.
+bool ReadMemory(const Descriptors& fds, uint64_t to, uint64_t from, uint64_t length) {
+  while (length > 0) {
+    const long n = Call(__NR_pread64, fds.memory, Word(to), Word(length), Word(from));
+    if (n == -raw::kEintr) continue;
+    if (n <= 0) return false;
+    to += static_cast<uint64_t>(n);
+    from += static_cast<uint64_t>(n);
+    length -= static_cast<uint64_t>(n);
+  }
+  return true;
+}
+
+// The parts of the pieces that still map the image as planned. 0 or -errno.
+long CollectParts(const Descriptors& fds, const WindowPiece* pieces, uint32_t count,
+                  WindowRoom& room, uint32_t& part_count, bool& skipped) {
+  for (uint32_t i = 0; i < count; ++i) {
+    const WindowPiece& piece = pieces[i];
+    for (uint64_t at = piece.begin; at < piece.end;) {
+      kernel::ProcmapQuery vma;
+      if (!QueryVma(fds, at, vma) || vma.vma_start >= piece.end) {
+        skipped = true;
+        break;
+      }
+      const uint64_t begin = vma.vma_start > at ? vma.vma_start : at;
+      const uint64_t end = vma.vma_end < piece.end ? vma.vma_end : piece.end;
+      skipped = skipped || begin > at;
+      at = end;
+      if (DeviceOf(vma) != piece.device || vma.inode != piece.inode) {
+        skipped = true;
+        continue;
+      }
+      const uint64_t offset = vma.vma_offset + (begin - vma.vma_start);
+      if (offset != piece.offset + (begin - piece.begin) || (vma.vma_flags & 8) != 0 ||
+          (vma.vma_flags & 7) != piece.protection) {
+        return -kEstale;
+      }
+      if (part_count == sizeof(room.parts) / sizeof(room.parts[0])) return -kE2big;
+      room.parts[part_count++] = {begin, end, i};
+    }
+  }
+  return 0;
+}
+
+// Copies what was written since the last look. Nothing can be written any more.
+long Recheck(const Descriptors& fds, const WindowPiece* pieces, const Part& part, bool frozen,
+             uint64_t dirty_limit, WindowRoom& room, uint32_t& recopied) {
+  const WindowPiece& piece = pieces[part.piece];
+  const uint64_t delta = piece.mirror - piece.begin;
+  for (uint64_t at = part.begin; at < part.end;) {
+    kernel::PmScanArg scan{};
+    scan.size = sizeof(scan);
+    scan.flags = kernel::kPmScanCheckWpAsync;
+    scan.start = at;
+    scan.end = part.end;
+    scan.vec = static_cast<uint64_t>(Address(room.regions));
+    scan.vec_len = sizeof(room.regions) / sizeof(room.regions[0]);
+    scan.category_inverted = kernel::kPageIsFile | kernel::kPageIsPfnZero;
+    scan.category_mask = kernel::kPageIsWritten | kernel::kPageIsFile | kernel::kPageIsPfnZero;
+    scan.category_anyof_mask = kernel::kPageIsPresent | kernel::kPageIsSwapped;
+    scan.return_mask = kernel::kPageIsPresent;
+    const long regions = Call(__NR_ioctl, fds.pagemap, Word(kernel::kPagemapScan), Address(&scan));
+    if (regions < 0) return regions;
+    for (long i = 0; i < regions; ++i) {
+      const Region& region = room.regions[i];
+      const uint64_t pages = (region.end - region.start) / kPage;
+      if (recopied + pages > dirty_limit) return -kE2big;
+      recopied += static_cast<uint32_t>(pages);
+      const uint64_t length = region.end - region.start;
+      if (frozen && (piece.protection & kRead) != 0) {
+        CopyBytes(region.start + delta, region.start, length);
+      } else if (!ReadMemory(fds, region.start + delta, region.start, length)) {
+        return -kEstale;
+      }
+      NoteWritten(region.start, region.end);
+    }
+    if (scan.walk_end <= at) return -kEstale;
+    at = scan.walk_end;
+  }
+  return 0;
+}
+
+// The mirror takes the part's place. On failure the part is watched as before.
+long SwapPart(const Descriptors& fds, const WindowPiece& piece, const Part& part) {
+  const uint64_t mirror = piece.mirror + (part.begin - piece.begin);
+  const uint64_t length = part.end - part.begin;
+  if (piece.protection != (kRead | kWrite)) {
+    const long error = Protect(mirror, mirror + length, piece.protection);
+    if (error < 0) return error;
+  }
+  // Unregistered first: the swap would otherwise wait for somebody to read its event.
+  Unregister(fds, part.begin, part.end);
+  const long moved = MoveOver(mirror, part.begin, length);
+  if (moved < 0) {
+    Register(fds, part.begin, part.end);
+    return moved;
+  }
+  if (IsTracked(part.begin, part.end)) {
+    if (Register(fds, part.begin, part.end) < 0 || WriteProtect(fds, part.begin, part.end) < 0) {
+      NoteWritten(part.begin, part.end);  // unseen from here on: all of it counts as written
+    }
+  }
+  return 0;
+}
+
+WindowResult Outcome(long error, WindowResult result) {
+  switch (-error) {
+    case 0:
+      result.outcome = WindowResult::kSwapped;
+      break;
+    case kE2big:
+      result.outcome = WindowResult::kTooDirty;
+      break;
+    case kEstale:
+    case 1:   // EPERM: no longer registered
+    case 22:  // EINVAL
+      result.outcome = WindowResult::kStale;
+      break;
+    default:
+      result.outcome = WindowResult::kFailed;
+      result.error = static_cast<int32_t>(-error);
+  }
+  return result;
+}
+
+struct Hull {
+  uint64_t begin = ~uint64_t{0}, end = 0;
+};
+
+Hull HullOf(const WindowPiece* pieces, uint32_t count) {
+  Hull hull;
+  for (uint32_t i = 0; i < count; ++i) {
+    if (pieces[i].begin < hull.begin) hull.begin = pieces[i].begin;
+    if (pieces[i].end > hull.end) hull.end = pieces[i].end;
+  }
+  return hull;
+}
+
+long SwapQuiet(const Descriptors& fds, const WindowPiece* pieces, uint32_t count,
+               uint64_t dirty_limit, WindowRoom& room, WindowResult& result) {
+  uint32_t parts = 0;
+  long error = CollectParts(fds, pieces, count, room, parts, result.skipped);
+  for (uint32_t i = 0; error == 0 && i < parts; ++i) {
+    error = Recheck(fds, pieces, room.parts[i], true, dirty_limit, room, result.recopied);
+  }
+  for (uint32_t i = 0; error == 0 && i < parts; ++i) {
+    error = SwapPart(fds, pieces[room.parts[i].piece], room.parts[i]);
+  }
+  return error;
+}
+
+// A guard needs every writer able to take a signal on a stack of its own elsewhere.
+bool MayGuard(const Descriptors& fds, const WindowPiece& piece) {
+  constexpr int kSigsegv = 11;
+  return !HoldsThreadMemory(fds.tasks, piece.begin, piece.end) &&
+         !AnyThreadBlocks(fds.tasks, kSigsegv) && EnsureFaultHandler(fds.maps) == 0;
+}
+
+WindowResult SwapGuardedLocked(const Descriptors& fds, const WindowPiece& piece,
+                               uint64_t dirty_limit, WindowRoom& room) {
+  WindowResult result;
+  if (raw::Readable(fds.uffd)) return result;
+  uint32_t parts = 0;
+  const long collected = CollectParts(fds, &piece, 1, room, parts, result.skipped);
+  if (collected < 0) return Outcome(collected, result);
+  const int64_t began = raw::Now();
+  RaiseGuard(piece.begin, piece.end, static_cast<int>(piece.protection));
+  long error = 0;
+  uint32_t swapped = 0;
+  for (uint32_t i = 0; error == 0 && i < parts; ++i) {
+    error = Protect(room.parts[i].begin, room.parts[i].end, piece.protection & ~kWrite);
+  }
+  for (uint32_t i = 0; error == 0 && i < parts; ++i) {
+    error = Recheck(fds, &piece, room.parts[i], false, dirty_limit, room, result.recopied);
+  }
+  for (; error == 0 && swapped < parts; ++swapped) {
+    error = SwapPart(fds, piece, room.parts[swapped]);
+    if (error != 0) break;
+  }
+  for (uint32_t i = swapped; i < parts; ++i) {
+    Protect(room.parts[i].begin, room.parts[i].end, piece.protection);
+  }
+  LowerGuard();
+  result = Outcome(error, result);
+  result.guard_ns = raw::Now() - began;
+  return result;
+}
+
+// --- events -------------------------------------------------------------------------------------
+
+const MirrorPlace* FindMirror(const kernel::ProcmapQuery& vma, uint64_t begin, uint64_t end) {
+  for (uint32_t i = 0; i < state.mirror_count; ++i) {
+    const MirrorPlace& place = state.mirrors[i];
+    if (place.begin <= begin && end <= place.end && place.device == DeviceOf(vma) &&
+        place.inode == vma.inode && place.protection == (vma.vma_flags & 7) &&
+        place.offset + (begin - place.begin) == vma.vma_offset + (begin - vma.vma_start)) {
+      return &place;
+    }
+  }
+  return nullptr;
+}
+
+// What MADV_DONTNEED makes of anonymous memory. With a mirror it comes from there, so that it joins
+// what is swapped around it.
+void MakeZero(const Descriptors& fds, const kernel::ProcmapQuery& vma, uint64_t begin,
+              uint64_t end) {
+  const auto protection = static_cast<uint32_t>(vma.vma_flags & 7);
+  const MirrorPlace* place = FindMirror(vma, begin, end);
+  Unregister(fds, begin, end);
+  bool moved = false;
+  if (place != nullptr) {
+    const uint64_t mirror = place->base + (begin - place->begin);
+    Protect(mirror, mirror + (end - begin), protection);
+    moved = MoveOver(mirror, begin, end - begin) >= 0;
+    if (moved) Call(__NR_madvise, Word(begin), Word(end - begin), kDontNeed);
+  }
+  if (!moved) {
+    // SAFETY: replaces a mapping of an image whose content its owner has just given back.
+    Call(__NR_mmap, Word(begin), Word(end - begin), static_cast<long>(protection),
+         kPrivateAnonymousFixed, -1, 0);
+  }
+  if (IsTracked(begin, end)) Register(fds, begin, end);
+}
+
+void GiveBack(const Descriptors& fds, uint64_t begin, uint64_t end) {
+  for (uint64_t at = begin; at < end;) {
+    kernel::ProcmapQuery vma;
+    if (!QueryVma(fds, at, vma) || vma.vma_start >= end) break;
+    const uint64_t from = vma.vma_start > at ? vma.vma_start : at;
+    const uint64_t to = vma.vma_end < end ? vma.vma_end : end;
+    if (IsImage(vma)) MakeZero(fds, vma, from, to);
+    at = vma.vma_end;
+  }
+  NoteWritten(begin, end);
+}
+
+struct Sleepers {
+  const Descriptors* fds;
+  uint32_t giving_back = 0;
+  struct {
+    uint64_t begin, end;
+  } kept[16] = {};  // left mapped by an mremap that moved their pages away
+  uint32_t kept_count = 0;
+};
+
+void LookAtSleeper(void* context, const SleepingCall& call) {
+  auto& sleepers = *static_cast<Sleepers*>(context);
+  constexpr uint64_t kFree = 8, kDontNeedLocked = 24, kDontUnmap = 4;
+  const uint64_t begin = call.args[0];
+  const uint64_t end = begin + (call.args[1] + kPage - 1) / kPage * kPage;
+  if (call.number == __NR_madvise &&
+      (call.args[2] == kDontNeed || call.args[2] == kFree || call.args[2] == kDontNeedLocked)) {
+    ++sleepers.giving_back;
+    GiveBack(*sleepers.fds, begin, end);
+  }
+  if (call.number == __NR_mremap && (call.args[3] & kDontUnmap) != 0 && sleepers.kept_count < 16) {
+    sleepers.kept[sleepers.kept_count++] = {begin, end};
+  }
+}
+
+// A VMA that grew while it moved shows what follows in its file: a hole, but where it had been
+// shortened before.
+void ZeroGrowth(const Descriptors& fds, uint64_t old_end) {
+  kernel::ProcmapQuery vma;
+  if (!QueryVma(fds, old_end, vma) || vma.vma_start >= old_end) return;
+  const KnownImage* image = FindImage(DeviceOf(vma), vma.inode);
+  if (image == nullptr || image->fd < 0) return;
+  constexpr long kSeekData = 3, kSeekHole = 4;
+  static const char zeros[1 << 16] = {};
+  const uint64_t last = vma.vma_offset + (vma.vma_end - vma.vma_start);
+  for (uint64_t at = vma.vma_offset + (old_end - vma.vma_start); at < last;) {
+    const long data = Call(__NR_lseek, image->fd, Word(at), kSeekData);
+    if (data < 0 || static_cast<uint64_t>(data) >= last) return;
+    const long hole = Call(__NR_lseek, image->fd, data, kSeekHole);
+    if (hole <= data) return;
+    const uint64_t end = static_cast<uint64_t>(hole) < last ? static_cast<uint64_t>(hole) : last;
+    for (at = static_cast<uint64_t>(data); at < end;) {
+      const uint64_t step = end - at < sizeof(zeros) ? end - at : sizeof(zeros);
+      const long n = Call(__NR_pwrite64, fds.memory, Address(zeros), Word(step),
+                          Word(vma.vma_start + (at - vma.vma_offset)));
+      if (n <= 0) return;
+      at += static_cast<uint64_t>(n);
+    }
+  }
+}
+
+// A shortened VMA that grew again in place would show its file's old bytes, and no event tells of
+// such growth. Its last page is made anonymous, which makes growing it fail (EFAULT) until the
+// remap has got there. All threads are at rest.
+void DetachLastPage(const Descriptors& fds, uint64_t end) {
+  kernel::ProcmapQuery vma;
+  const uint64_t page = end - kPage;
+  if (!QueryVma(fds, page, vma) || vma.vma_start > page || vma.vma_end != end || !IsImage(vma)) {
+    return;
+  }
+  static char content[kPage];
+  if (!ReadMemory(fds, static_cast<uint64_t>(Address(content)), page, kPage)) return;
+  const bool tracked = IsTracked(page, end);
+  MakeZero(fds, vma, page, end);
+  Call(__NR_pwrite64, fds.memory, Address(content), static_cast<long>(kPage), Word(page));
+  if (tracked) NoteWritten(page, end);
+}
+
+// Reads what waits. `held`: a window is open, so nobody who is let go gets past the handler.
+void AnswerEvents(const Descriptors& fds, const Sleepers& sleepers, bool held) {
+  struct {
+    uint64_t begin, end;
+  } unmapped[kEventsAtOnce];
+  uint64_t grown[kEventsAtOnce];
+  uint32_t unmapped_count = 0, grown_count = 0;
+  for (int i = 0; i < kEventsAtOnce; ++i) {
+    uffd_msg message{};
+    if (Call(__NR_read, fds.uffd, Address(&message), sizeof(message)) != sizeof(message)) break;
+    if (message.event == UFFD_EVENT_REMOVE) {
+      GiveBack(fds, message.arg.remove.start, message.arg.remove.end);
+    } else if (message.event == UFFD_EVENT_UNMAP) {
+      unmapped[unmapped_count++] = {message.arg.remove.start, message.arg.remove.end};
+    } else if (message.event == UFFD_EVENT_REMAP) {
+      const MovedRange move{message.arg.remap.from, message.arg.remap.to, message.arg.remap.len};
+      state.moves[state.move_count % kMaxMoves] = move;
+      __atomic_add_fetch(&state.move_count, 1, __ATOMIC_RELEASE);
+      NoteWritten(move.from, move.from + move.length);
+      NoteWritten(move.to, move.to + move.length);
+      grown[grown_count++] = move.to + move.length;
+      for (uint32_t k = 0; k < sleepers.kept_count; ++k) {
+        if (sleepers.kept[k].begin == move.from) GiveBack(fds, move.from, move.from + move.length);
+      }
+    }
+  }
+  for (uint32_t i = 0; i < grown_count; ++i) ZeroGrowth(fds, grown[i]);
+  for (uint32_t i = 0; i < unmapped_count; ++i) {
+    NoteWritten(unmapped[i].begin, unmapped[i].end);
+    kernel::ProcmapQuery below;
+    const uint64_t end = unmapped[i].begin;
+    const bool shortened = QueryVma(fds, end - kPage, below) && below.vma_end == end &&
+                           below.vma_start < end && IsImage(below);
+    if (shortened && held && AwaitEverybody(fds.tasks, kDetachLimit).open) DetachLastPage(fds, end);
+  }
+}
+
+// Everybody in, with the events of those that wait for one answered on the way.
+WindowAttempt OpenServing(const Descriptors& fds, int64_t limit_ns) {
+  constexpr int64_t kBetweenLooks = 100'000;
+  const int64_t until = raw::Now() + limit_ns;
+  WindowAttempt attempt;
+  attempt.error = HoldReturns(fds.tasks);
+  while (attempt.error >= 0) {
+    if (raw::Readable(fds.uffd)) {
+      Sleepers sleepers{};
+      sleepers.fds = &fds;
+      ForEachSleeping(fds.tasks, LookAtSleeper, &sleepers);
+      AnswerEvents(fds, sleepers, true);
+    }
+    const int64_t left = until - raw::Now();
+    attempt = AwaitEverybody(fds.tasks, left < kBetweenLooks ? left : kBetweenLooks);
+    if (attempt.open || left <= 0) break;
+  }
+  if (!attempt.open) CloseWindow();
+  return attempt;
+}
+
+// The window with both locks held.
+WindowResult SwapFrozenLocked(const Descriptors& fds, const WindowPiece* pieces, uint32_t count,
+                              uint64_t dirty_limit, int64_t stop_limit_ns, WindowRoom& room) {
+  WindowResult result;
+  const int64_t began = raw::Now();
+  const WindowAttempt attempt = OpenServing(fds, stop_limit_ns);
+  if (!attempt.open) {
+    result.late_thread = attempt.late_thread;
+    result.pause_ns = raw::Now() - began;
+    if (attempt.error < 0 && attempt.error != -raw::kEagain) {
+      result.outcome = WindowResult::kFailed;
+      result.error = static_cast<int32_t>(-attempt.error);
+    }
+    return result;
+  }
+  const Hull hull = HullOf(pieces, count);
+  if (LocalStorageIsQuiet(fds.tasks, hull.begin, hull.end, stop_limit_ns)) {
+    const long error = SwapQuiet(fds, pieces, count, dirty_limit, room, result);
+    result = Outcome(error, result);
+  }
+  CloseWindow();
+  result.pause_ns = raw::Now() - began;
+  return result;
+}
+
+}  // namespace
+
+bool AddImage(const KnownImage& image) {
+  for (uint32_t i = 0; i < state.image_count; ++i) {
+    KnownImage& known = state.images[i];
+    if (known.device == image.device && known.inode == image.inode) {
+      known.fd = image.fd;
+      return true;
+    }
+  }
+  if (state.image_count == kMaxImages) return false;
+  state.images[state.image_count++] = image;
+  return true;
+}
+
+bool AddMirror(const MirrorPlace& place) {
+  if (state.mirror_count == kMaxMirrors) return false;
+  state.mirrors[state.mirror_count++] = place;
+  return true;
+}
+
+void RemoveMirror(uint64_t base) {
+  for (uint32_t i = 0; i < state.mirror_count; ++i) {
+    if (state.mirrors[i].base != base) continue;
+    state.mirrors[i] = state.mirrors[--state.mirror_count];
+    return;
+  }
+}
+
+bool AddTracked(uint64_t begin, uint64_t end, uint64_t* bits) {
+  for (TrackedRange& range : state.tracked) {
+    if (range.end != 0) continue;
+    range.begin = begin;
+    range.bits = bits;
+    __atomic_store_n(&range.end, end, __ATOMIC_SEQ_CST);
+    return true;
+  }
+  return false;
+}
+
+void RemoveTracked(uint64_t begin) {
+  for (TrackedRange& range : state.tracked) {
+    if (range.end != 0 && range.begin == begin) {
+      __atomic_store_n(&range.end, uint64_t{0}, __ATOMIC_SEQ_CST);
+    }
+  }
+}
+
+void NoteWritten(uint64_t begin, uint64_t end) {
+  for (const TrackedRange& range : state.tracked) {
+    const uint64_t range_end = __atomic_load_n(&range.end, __ATOMIC_SEQ_CST);
+    if (range_end <= begin || end <= range.begin) continue;
+    const uint64_t first = (begin > range.begin ? begin - range.begin : 0) / kPage;
+    const uint64_t last = ((end < range_end ? end : range_end) - range.begin) / kPage;
+    for (uint64_t page = first; page < last; ++page) {
+      __atomic_fetch_or(&range.bits[page / 64], uint64_t{1} << (page % 64), __ATOMIC_RELAXED);
+    }
+  }
+}
+
+bool IsTracked(uint64_t begin, uint64_t end) {
+  for (const TrackedRange& range : state.tracked) {
+    if (__atomic_load_n(&range.end, __ATOMIC_SEQ_CST) > begin && range.begin < end) return true;
+  }
+  return false;
+}
+
+WindowResult SwapFrozen(const Descriptors& fds, const WindowPiece* pieces, uint32_t count,
+                        uint64_t dirty_limit, int64_t stop_limit_ns, WindowRoom& room) {
+  locks.window.Acquire();
+  locks.address_space.Acquire();
+  const WindowResult result =
+      SwapFrozenLocked(fds, pieces, count, dirty_limit, stop_limit_ns, room);
+  locks.address_space.Release();
+  locks.window.Release();
+  return result;
+}
+
+WindowResult SwapGuarded(const Descriptors& fds, const WindowPiece& piece, uint64_t dirty_limit,
+                         WindowRoom& room) {
+  locks.window.Acquire();
+  locks.address_space.Acquire();
+  WindowResult result;
+  if ((piece.protection & kWrite) == 0 || !MayGuard(fds, piece)) {
+    constexpr int64_t kStopLimit = 2'000'000;
+    result = SwapFrozenLocked(fds, &piece, 1, dirty_limit, kStopLimit, room);
+  } else {
+    result = SwapGuardedLocked(fds, piece, dirty_limit, room);
+  }
+  locks.address_space.Release();
+  locks.window.Release();
+  return result;
+}
+
+uint64_t MoveCount() {
+  return __atomic_load_n(&state.move_count, __ATOMIC_ACQUIRE);
+}
+
+bool ReadMove(uint64_t number, MovedRange& move) {
+  locks.address_space.Acquire();
+  const bool kept = number < state.move_count && state.move_count - number <= kMaxMoves;
+  if (kept) move = state.moves[number % kMaxMoves];
+  locks.address_space.Release();
+  return kept;
+}
+
+void ServeEvents(const Descriptors& fds) {
+  locks.address_space.Acquire();
+  if (raw::Readable(fds.uffd)) {  // not answered by a window meanwhile
+    Sleepers sleepers{};
+    sleepers.fds = &fds;
+    // What sleeps before our eyes is answered before its event is read. With more than one thread
+    // the event may be one's whose call we have not seen yet, so nobody returns from the kernel
+    // until all are answered.
+    const uint32_t threads = ForEachSleeping(fds.tasks, LookAtSleeper, &sleepers);
+    const bool known = threads == 1 && sleepers.giving_back == 1;
+    if (!known) HoldReturns(fds.tasks);
+    AnswerEvents(fds, sleepers, !known);
+    if (!known) CloseWindow();
+  }
+  locks.address_space.Release();
+}
+
+void ResetWindowsAfterFork() {
+  locks.window.Reset();
+  locks.address_space.Reset();
+  for (uint32_t i = 0; i < state.mirror_count; ++i) {
+    const MirrorPlace& place = state.mirrors[i];
+    // SAFETY: our own staging memory, copied into this child by fork; nobody uses it here.
+    Call(__NR_munmap, Word(place.base), Word(place.end - place.begin));
+  }
+  state.mirror_count = 0;
+  state.image_count = 0;
+  for (TrackedRange& range : state.tracked) range.end = 0;
+}
+
+}  // namespace unmoor::local
