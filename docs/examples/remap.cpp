@@ -1,0 +1,51 @@
+// Memory as an image, mapped, written while it is remapped, and made into an image again.
+// Build: g++ -std=c++20 remap.cpp $(pkg-config --cflags --libs unmoor)
+#include <sys/mman.h>
+#include <unmoor/background_remapper.h>
+#include <unmoor/checkpoint.h>
+#include <unmoor/direct_map.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+
+template <class T>
+T Must(unmoor::StatusOr<T> result) {
+  if (result.ok()) return std::move(*result);
+  std::fprintf(stderr, "%s\n", result.status().message().c_str());
+  std::exit(1);
+}
+
+int main(int, char** argv) {
+  const std::string first = argv[1] + std::string("/first"),
+                    second = argv[1] + std::string("/second");
+  constexpr size_t kSize = 64 << 20, kWords = kSize / sizeof(uint64_t);
+  void* const at = mmap(nullptr, kSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  auto* const heap = static_cast<uint64_t*>(at);
+  for (size_t i = 0; i < kWords; ++i) heap[i] = i;
+  Must(unmoor::Checkpoint({{{at, kSize}}}, first));  // a full image
+  munmap(at, kSize);
+
+  auto image = Must(unmoor::PageImage::Open(first));
+  auto map = Must(unmoor::DirectMap::Map(image));  // back at its address; nothing was read
+  auto remapper = Must(unmoor::BackgroundRemapper::Start(map));
+  size_t next = 0;  // use the memory meanwhile
+  do ++heap[next++ * 4099 % kWords];
+  while (remapper.progress().running);
+  if (!remapper.Wait().ok()) return 1;
+
+  unmoor::CheckpointOptions options;
+  options.base = &image;  // only what changed is written
+  const auto report = Must(unmoor::Checkpoint({{{at, kSize}}}, second, options));
+  uint64_t sum = 0;
+  for (size_t i = 0; i < kWords; ++i) sum += heap[i] * i;
+  std::filesystem::remove_all(first);  // the second needs nothing of it
+  if (!map.Unmap().ok()) return 1;
+
+  auto again = Must(unmoor::DirectMap::Map(Must(unmoor::PageImage::Open(second))));
+  for (size_t i = 0; i < kWords; ++i) sum -= heap[i] * i;
+  std::printf("%zu writes during the remap, %lu KiB written, %s\n", next,
+              static_cast<unsigned long>(report.written_bytes >> 10), sum == 0 ? "equal" : "WRONG");
+  return sum == 0 ? 0 : 1;
+}
