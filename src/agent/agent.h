@@ -45,6 +45,7 @@ struct RemapReport {
   Bytes done;            // of these, anonymous now
   Bytes dropped;         // given back by the program meanwhile (munmap, MADV_DONTNEED)
   uint64_t windows = 0;  // freeze windows that swapped something
+  uint64_t guarded = 0;  // of these, windows in which threads ran on (guard kFault)
   uint64_t aborted = 0;  // windows given up (a thread would not stop, too much was written)
   Nanos longest_pause;   // first thread asked to stop until last thread released
   Nanos elapsed;

@@ -3,6 +3,7 @@
 
 #include "agent/inject.h"
 #include "base/log.h"
+#include "os/procfs.h"
 #include "os/ptrace.h"
 
 namespace unmoor {
@@ -15,6 +16,8 @@ constexpr Nanos kStopTogether(5'000'000);
 
 bool Guard::Ready(Pid pid, const HelperLink& link) {
   if (ready_ || attempts_ == kAttempts) return ready_;
+  const auto process = ReadProcess(pid);
+  if (!process || process->state == 'T') return false;  // nobody runs on there anyway
   ++attempts_;
   ProgramStop stop(pid);
   auto injected = stop.Stop(kStopTogether, {});

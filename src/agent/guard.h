@@ -18,6 +18,8 @@ class Guard {
   // tried again, a bounded number of times), or not in this program.
   [[nodiscard]] bool Ready(Pid pid, const HelperLink& link);
 
+  uint64_t windows = 0;  // swapped with threads running on
+
  private:
   int attempts_ = 0;
   bool ready_ = false;

@@ -168,11 +168,15 @@ Result<> EndWatch(Pid pid, std::span<StoppedThread> stopped, std::span<const Lef
       const VaddrRange region{leftover.region, leftover.region + Bytes(helper::kRegionSize)};
       if (!region.Contains(Vaddr(registers.rip))) continue;
       uint32_t state = 0;
+      int32_t watch = 0;
       const Vaddr data = leftover.region + Bytes(helper::kCodeSize);
       UNMOOR_TRY(ReadMemory(pid, data + Bytes(offsetof(helper::Data, watch_state)),
                             std::as_writable_bytes(std::span(&state, 1))));
+      UNMOOR_TRY(ReadMemory(pid, data + Bytes(offsetof(helper::Data, watch_thread)),
+                            std::as_writable_bytes(std::span(&watch, 1))));
       const auto info = ReadProcess(thread.thread());
-      if (state == helper::kWatchHealing || !info || info->name != "unmoor-watch") {
+      const bool is_watch = info && !info->ns_pids.empty() && info->ns_pids.back() == watch;
+      if (state == helper::kWatchHealing || !is_watch) {
         return Failure(Error(ErrorKind::kMachine, EAGAIN, "a thread still executes our code"));
       }
       UNMOOR_TRY(thread.BeginRemote());

@@ -22,12 +22,14 @@ json ToJson(const ProgressFile& p) {
   return {{"pid", p.pid.value},
           {"start_time", p.start_time},
           {"worker", p.worker.value},
+          {"supervisor", p.supervisor.value},
           {"finished", p.finished},
           {"problem", p.problem},
           {"total", r.total.value},
           {"done", r.done.value},
           {"dropped", r.dropped.value},
           {"windows", r.windows},
+          {"guarded", r.guarded},
           {"aborted", r.aborted},
           {"longest_pause_ns", r.longest_pause.value},
           {"elapsed_ns", r.elapsed.value},
@@ -39,12 +41,14 @@ ProgressFile FromJson(const json& j) {
   p.pid = Pid{j.at("pid").get<int>()};
   p.start_time = j.at("start_time").get<uint64_t>();
   p.worker = Pid{j.at("worker").get<int>()};
+  p.supervisor = Pid{j.at("supervisor").get<int>()};
   p.finished = j.at("finished").get<bool>();
   p.problem = j.at("problem").get<std::string>();
   p.report.total = Bytes(j.at("total").get<uint64_t>());
   p.report.done = Bytes(j.at("done").get<uint64_t>());
   p.report.dropped = Bytes(j.at("dropped").get<uint64_t>());
   p.report.windows = j.at("windows").get<uint64_t>();
+  p.report.guarded = j.at("guarded").get<uint64_t>();
   p.report.aborted = j.at("aborted").get<uint64_t>();
   p.report.longest_pause = Nanos(j.at("longest_pause_ns").get<int64_t>());
   p.report.elapsed = Nanos(j.at("elapsed_ns").get<int64_t>());
@@ -76,10 +80,21 @@ std::optional<ProgressFile> ReadProgress(Pid pid) {
   }
 }
 
-bool IsAtWork(const ProgressFile& progress) {
-  if (progress.finished) return false;
-  const auto worker = ReadProcess(progress.worker);
-  return worker && worker->name == "unmoor-agent" && worker->state != 'Z';
+std::optional<Pid> AgentAtWork(const ProgressFile& progress) {
+  if (progress.finished) return std::nullopt;
+  for (const Pid agent : {progress.worker, progress.supervisor}) {
+    const auto process = ReadProcess(agent);
+    if (process && process->name == "unmoor-agent" && process->state != 'Z') return agent;
+  }
+  return std::nullopt;
+}
+
+void FinishProgress(Pid pid, Pid supervisor, const std::string& problem) {
+  auto progress = ReadProgress(pid);
+  if (!progress || progress->supervisor != supervisor || progress->finished) return;
+  progress->finished = true;
+  progress->problem = problem;
+  (void)WriteProgress(*progress);
 }
 
 void ForgetEndedProcesses() {

@@ -13,6 +13,7 @@ struct ProgressFile {
   Pid pid;
   uint64_t start_time = 0;  // of that process, so that a reused pid is not taken for it
   Pid worker;
+  Pid supervisor;  // starts another worker when this one dies
   bool finished = false;
   std::string problem;  // why the remap does not go on, if it does not
   RemapReport report;
@@ -21,8 +22,11 @@ struct ProgressFile {
 [[nodiscard]] Result<> WriteProgress(const ProgressFile& progress);
 // Nothing when there is no file, or it is about an earlier process of that pid.
 [[nodiscard]] std::optional<ProgressFile> ReadProgress(Pid pid);
-// Whether the worker that wrote it still lives and has not finished.
-[[nodiscard]] bool IsAtWork(const ProgressFile& progress);
+// The agent's process to speak to, if it has not finished: the worker that wrote it, or while that is
+// being replaced its supervisor.
+[[nodiscard]] std::optional<Pid> AgentAtWork(const ProgressFile& progress);
+// Says that `supervisor` has finished with `pid`, or why it has given up. Never fails.
+void FinishProgress(Pid pid, Pid supervisor, const std::string& problem);
 // Removes the files of processes that have ended. Never fails.
 void ForgetEndedProcesses();
 

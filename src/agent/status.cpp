@@ -75,7 +75,7 @@ Result<ProcessStatus> QueryStatus(Pid pid) {
   const std::optional<ProgressFile> progress = ReadProgress(pid);
   if (progress) {
     status.progress = progress->report;
-    if (IsAtWork(*progress)) status.agent = progress->worker;
+    status.agent = AgentAtWork(*progress);
   }
   if (status.direct_mapped.value != 0) {
     status.status = Status::kLater;

@@ -48,7 +48,9 @@ class WorkerProcess {
         }) {}
 
   Result<> Run(Fd old_uffd) {
+    guarded_ = old_uffd.valid();
     UNMOOR_ASSIGN(const bool direct_mapped, worker_.Begin(std::move(old_uffd)));
+    guarded_ = true;
     if (direct_mapped && options_.eager) UNMOOR_TRY(worker_.Run());
     Post(MakeMessage(AgentMessage::Kind::kGuarded, task_.task.pid), worker_.uffd());
     if (task_.task.stopped) UNMOOR_TRY(ResumeWhenTold());
@@ -69,12 +71,18 @@ class WorkerProcess {
     spdlog::warn("process {}: {}", task_.task.pid.value, error.message());
     if (worker_.program_ended()) {
       (void)Finish();
-    } else if (error.errnum() != EPIPE) {  // the supervisor starts another worker then
+    } else if (!CallsForAnother(error)) {
       Post(MakeMessage(AgentMessage::Kind::kFailed, task_.task.pid, error.message()), -1);
     }
   }
 
  private:
+  // The helper died, or the program could not be stopped this time: the supervisor starts another
+  // worker, and until then nothing that was watched is let go.
+  bool CallsForAnother(const Error& error) const {
+    return error.errnum() == EPIPE || (error.errnum() == EAGAIN && guarded_);
+  }
+
   // Where the remap cannot go on (memory that must not move just now, none left for staging), the
   // program is watched, so that its memory goes on behaving, and the remap is tried again.
   Result<> RemapWhenPossible() {
@@ -111,6 +119,7 @@ class WorkerProcess {
   WorkerTask task_;
   AgentOptions options_;
   Fd socket_;
+  bool guarded_ = false;  // the program's memory is watched, by us or by the worker before
   Worker worker_;
 };
 
@@ -175,11 +184,12 @@ class Supervisor {
     UNMOOR_ASSIGN(const Pid pid, ForkProcess());
     if (pid.value == 0) {
       // Only what this worker needs: a descriptor of another program's would outlive its worker.
-      children_.clear();
+      const WorkerTask task = child.task;
       child.uffd.Reset();
+      children_.clear();  // `child` may be one of them
       command_.Reset();
       pair.ours.Reset();
-      WorkerMain(child.task, options_, std::move(pair.theirs), std::move(uffd));
+      WorkerMain(task, options_, std::move(pair.theirs), std::move(uffd));
     }
     child.worker = pid;
     child.socket = std::move(pair.ours);
@@ -220,6 +230,7 @@ class Supervisor {
       case Kind::kFailed:
         it->done = true;
         it->uffd.Reset();
+        FinishProgress(it->task.task.pid, OwnPid(), (*message)->text);
         break;
       case Kind::kRunning:
         it->task.task.stopped = false;
@@ -235,7 +246,11 @@ class Supervisor {
   void OnWorkerEnd(Child& child) {
     (void)ReapChild(child.worker);
     child.socket.Reset();
-    if (child.done || ++child.restarts > kRestarts) return;
+    if (child.done) return;
+    if (++child.restarts > kRestarts) {
+      FinishProgress(child.task.task.pid, OwnPid(), "its agent died again and again");
+      return;
+    }
     spdlog::warn("the worker for process {} died; starting another", child.task.task.pid.value);
     // The helper sees its worker gone and leaves; the events wait in the userfaultfd.
     Fd uffd = std::move(child.uffd);
@@ -277,6 +292,7 @@ Result<SupervisorHandle> StartSupervisor(const std::vector<SupervisorTask>& task
   }
   (void)pair.ours.Release();  // closed by ForkDaemon
   ForgetEndedProcesses();
+  IgnoreSignal();  // meant for a worker that has just died
   Supervisor supervisor(options, std::move(pair.theirs));
   for (const SupervisorTask& task : tasks) {
     if (const auto started = supervisor.Start({task, false}, Fd()); !started) ExitProcess(1);

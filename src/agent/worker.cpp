@@ -36,6 +36,7 @@ constexpr int kBorrowAttempts = 200;
 
 Worker::Worker(Pid pid, const AgentOptions& options, OnFork on_fork)
     : pid_(pid),
+      supervisor_(ParentPid()),
       stop_(pid),
       options_(options),
       on_fork_(std::move(on_fork)),
@@ -48,7 +49,7 @@ Result<bool> Worker::Begin(Fd old_uffd) {
   UNMOOR_ASSIGN(const ProcessInfo own, ReadProcess(OwnPid()));
   nested_ = process.ns_pids.size() > own.ns_pids.size();
   UNMOOR_ASSIGN(pidfd_, OpenPidFd(pid_));
-  if (AnotherWorkerIsAlive()) {
+  if (AnotherAgentIsAtWork()) {
     return MachineError("another agent is at work on process {}", pid_.value);
   }
   UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid_));
@@ -65,14 +66,15 @@ Result<bool> Worker::Begin(Fd old_uffd) {
     }
     SleepFor(Nanos(5'000'000));
   }
-  SaveProgress(false, "");
+  SaveProgress("");
   return true;
 }
 
-// By the progress file, which a worker writes once it has begun.
-bool Worker::AnotherWorkerIsAlive() const {
+// By the progress file, which a worker writes once it has begun. One of our own supervisor's is the
+// one we replace.
+bool Worker::AnotherAgentIsAtWork() const {
   const auto progress = ReadProgress(pid_);
-  return progress && progress->worker != OwnPid() && IsAtWork(*progress);
+  return progress && progress->supervisor != supervisor_ && AgentAtWork(*progress);
 }
 
 Result<> Worker::StopAndInject() {
@@ -91,17 +93,17 @@ Result<> Worker::StopAndInject() {
 
 // The events of before, for the sake of the threads that wait for one to be read, and only when no
 // other thread is left that does not stop: what they say can be made true only once we are inside.
-Result<> Worker::DrainOldEvents() {
-  if (!old_uffd_.valid()) return {};
+Result<bool> Worker::DrainOldEvents() {
+  if (!old_uffd_.valid()) return false;
   UNMOOR_ASSIGN(const ThreadCalls calls, ReadThreadCalls(pid_));
-  if (calls.stopped + calls.waiting_for_event() < calls.threads) return {};
+  if (calls.stopped + calls.waiting_for_event() < calls.threads) return false;
   UNMOOR_TRY(KnowChildren());
   UNMOOR_ASSIGN(auto event, ReadUffdEvent(old_uffd_.get()));
-  if (!event) return {};
+  if (!event) return false;
   if (event->kind == UffdEvent::Kind::kRemove) given_back_.push_back(event->range);
   bool changed = false;
   NoteEvent(*event, changed);
-  return {};
+  return true;
 }
 
 // Zeros in place of what an image shows in `range`, from outside; for when nothing of ours is
@@ -146,7 +148,7 @@ Result<> Worker::WaitForEarlierHelpers() const {
   for (;;) {
     UNMOOR_ASSIGN(const std::vector<HelperChild> helpers, FindHelpers(pid_));
     if (std::ranges::all_of(helpers, &HelperChild::ended)) return {};
-    if (AnotherWorkerIsAlive()) {
+    if (AnotherAgentIsAtWork()) {
       return MachineError("another agent is at work on process {}", pid_.value);
     }
     if (MonotonicNow() - began > kStopLimit) {
@@ -227,14 +229,15 @@ Result<> Worker::End() {
     SleepFor(Nanos(5'000'000));
   }
   uffd_.Reset();
-  SaveProgress(true, "");
+  SaveProgress("");  // finished once the supervisor has let go of it too
   return {};
 }
 
 Result<> Worker::RemoveTraces() {
-  const auto let_go = [&]() -> Result<> {
-    UNMOOR_TRY(ReadUffdEvent(uffd_.get()));  // nothing is watched any more; nobody may wait
-    return {};
+  const auto let_go = [&]() -> Result<bool> {
+    // Nothing is watched any more; nobody may wait.
+    UNMOOR_ASSIGN(const auto event, ReadUffdEvent(uffd_.get()));
+    return event.has_value();
   };
   Result<> removed = stop_.Stop(kStopTogether, let_go);
   if (removed) {
@@ -259,11 +262,11 @@ Result<> Worker::Run() {
   Remapper remapper(*this, options_.max_pause, huge);
   const auto result = remapper.Run([&](const RemapCounts& counts) {
     counts_ = counts;
-    if (MonotonicNow() - last_saved_ > kSaveInterval) SaveProgress(false, "");
+    if (MonotonicNow() - last_saved_ > kSaveInterval) SaveProgress("");
   });
   counts_ = remapper.counts();
   if (!result && (program_ended() || LeftAddressSpace())) return {};
-  if (!result) SaveProgress(false, result.error().message());
+  if (!result) SaveProgress(result.error().message());
   return result;
 }
 
@@ -295,6 +298,7 @@ RemapReport Worker::report() const {
   report.done = counts_.done;
   report.dropped = dropped_bytes_;
   report.windows = counts_.windows;
+  report.guarded = guard_.windows;
   report.aborted = counts_.aborted;
   report.longest_pause = counts_.longest_pause;
   report.elapsed = MonotonicNow() - began_;
@@ -305,9 +309,10 @@ RemapReport Worker::report() const {
   return report;
 }
 
-void Worker::SaveProgress(bool finished, const std::string& problem) {
+void Worker::SaveProgress(const std::string& problem) {
   last_saved_ = MonotonicNow();
-  const ProgressFile progress{pid_, start_time_, OwnPid(), finished, problem, report()};
+  const ProgressFile progress{pid_,  start_time_, OwnPid(), supervisor_,
+                              false, problem,     report()};
   if (const auto saved = WriteProgress(progress); !saved) {
     spdlog::debug("{}", saved.error().message());
   }

@@ -84,9 +84,9 @@ class Worker final : public Carrier {
     std::vector<Vaddr> moved;  // where a moved VMA ended before it grew
   };
 
-  [[nodiscard]] bool AnotherWorkerIsAlive() const;
+  [[nodiscard]] bool AnotherAgentIsAtWork() const;
   [[nodiscard]] Result<> StopAndInject();
-  [[nodiscard]] Result<> DrainOldEvents();
+  [[nodiscard]] Result<bool> DrainOldEvents();
   [[nodiscard]] Result<> OverwriteImage(VaddrRange range) const;
   [[nodiscard]] Result<> InjectStopped();
   [[nodiscard]] Result<> RemoveTraces();
@@ -132,9 +132,10 @@ class Worker final : public Carrier {
   void FindForkedChild(Fd uffd);
   [[nodiscard]] bool IsKnownImage(const VmaInfo& vma) const;
   [[nodiscard]] Result<> CheckNoPinnedMemory();
-  void SaveProgress(bool finished, const std::string& problem);
+  void SaveProgress(const std::string& problem);
 
   Pid pid_;
+  Pid supervisor_;
   ProgramStop stop_;
   AgentOptions options_;
   OnFork on_fork_;

@@ -387,15 +387,10 @@ void Worker::AddSwap(OpList& ops, const Piece& piece) const {
 
 // Runs a list with swaps. What a swap replaces stays watched to the last, so the helper waits in
 // mremap for us to read the event of what it unmapped. All threads of the program are stopped then,
-// so the event is the helper's; before, an event belongs to a thread that has yet to stop.
+// so the event is the helper's; before and after, one belongs to a thread of the program and stays.
 Result<helper::Reply> Worker::RunSwaps(const OpList& ops) {
-  bool swapping = false;
   return link_.RunReading(ops, uffd_.get(), [&]() -> Result<> {
-    if (!swapping) {
-      UNMOOR_ASSIGN(const ThreadCalls calls, ReadThreadCalls(link_.helper().pid));
-      swapping = calls.waiting_for_event() != 0;
-    }
-    if (!swapping) {
+    if (!SleepsInCall(link_.helper().pid, SYS_mremap)) {
       SleepFor(Nanos(10'000));
       return {};
     }
@@ -486,6 +481,7 @@ Result<SwapOutcome> Worker::SwapInWindow(std::span<const Piece> pieces, PageCoun
   switch (reply.error) {
     case 0:
       outcome.result = SwapResult::kSwapped;
+      if (reply.guarded > 0) ++guard_.windows;
       for (const Piece& piece : pieces) dropped_.Erase(piece.range);
       break;
     case EBUSY:

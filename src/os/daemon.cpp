@@ -88,6 +88,10 @@ void NoticeSignal() {
   ::signal(SIGUSR1, [](int) { signal_seen = 1; });
 }
 
+void IgnoreSignal() {
+  ::signal(SIGUSR1, SIG_IGN);
+}
+
 bool SignalSeen() {
   return signal_seen != 0;
 }

@@ -24,6 +24,8 @@ namespace unmoor {
 
 // SIGUSR1 no longer ends the process; SignalSeen tells whether it came since.
 void NoticeSignal();
+// SIGUSR1 does nothing, here and in children.
+void IgnoreSignal();
 [[nodiscard]] bool SignalSeen();
 
 // Those of `fds` (negative ones are skipped) that are readable or closed at the other end; waits

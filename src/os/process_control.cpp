@@ -138,6 +138,10 @@ Pid OwnPid() {
   return Pid{static_cast<int>(::getpid())};
 }
 
+Pid ParentPid() {
+  return Pid{::getppid()};
+}
+
 Nanos MonotonicNow() {
   timespec now{};
   ::clock_gettime(CLOCK_MONOTONIC, &now);

@@ -42,6 +42,7 @@ void KillDescendants();
 [[nodiscard]] bool HasGuardPages(int pagemap_fd, VaddrRange range);
 
 [[nodiscard]] Pid OwnPid();
+[[nodiscard]] Pid ParentPid();
 [[nodiscard]] uint32_t OwnUid();  // effective
 // Process group of `pid` (0: our own).
 [[nodiscard]] int ProcessGroup(Pid pid);

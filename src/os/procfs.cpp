@@ -189,7 +189,18 @@ char ThreadState(const std::string& directory) {
                                                                        : (*stat)[name_end + 2];
 }
 
+// In a system call that waits for its userfaultfd event to be read.
+bool WaitsForEvent(const std::string& directory) {
+  const auto waits_in = ReadFile(directory + "/wchan");
+  return waits_in && waits_in->starts_with("userfaultfd_event_wait");
+}
+
 }  // namespace
+
+bool SleepsInCall(Pid pid, uint64_t number) {
+  const auto text = ReadFile(fmt::format("/proc/{}/syscall", pid.value));
+  return text && text->starts_with(fmt::format("{} ", number));
+}
 
 Result<ThreadCalls> ReadThreadCalls(Pid pid) {
   UNMOOR_ASSIGN(const std::vector<Pid> threads, ReadThreads(pid));
@@ -208,8 +219,7 @@ Result<ThreadCalls> ReadThreadCalls(Pid pid) {
       const std::string_view word = NextWord(rest);
       if (word.starts_with("0x")) Parse(word.substr(2), 16, arg);
     }
-    const auto waits_in = ReadFile(directory + "/wchan");
-    call.waits_for_event = waits_in && waits_in->starts_with("userfaultfd_event_wait");
+    call.waits_for_event = WaitsForEvent(directory);
     calls.blocked.push_back(call);
   }
   return calls;

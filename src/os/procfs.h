@@ -77,6 +77,8 @@ struct ThreadCalls {
   [[nodiscard]] size_t waiting_for_event() const;
 };
 [[nodiscard]] Result<ThreadCalls> ReadThreadCalls(Pid pid);
+// Whether the process's main thread sleeps in that system call.
+[[nodiscard]] bool SleepsInCall(Pid pid, uint64_t number);
 
 [[nodiscard]] Result<std::vector<Pid>> ReadThreads(Pid pid);
 // Children of every thread of `pid`, in our PID namespace.

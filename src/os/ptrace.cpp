@@ -303,8 +303,8 @@ Result<bool> ProgramStop::SeizeNew() {
   return found;
 }
 
-Result<> ProgramStop::Stop(Nanos limit, const std::function<Result<>()>& on_late) {
-  const Nanos began = MonotonicNow();
+Result<> ProgramStop::Stop(Nanos limit, const std::function<Result<bool>()>& on_late) {
+  Nanos began = MonotonicNow();
   for (bool settled = false;;) {
     UNMOOR_ASSIGN(const bool found, SeizeNew());
     std::erase_if(threads_,
@@ -324,7 +324,10 @@ Result<> ProgramStop::Stop(Nanos limit, const std::function<Result<>()>& on_late
                                        thread.value, pid_.value)));
     }
     // Every thread there is has been asked; those that are late sleep in the kernel.
-    if (on_late) UNMOOR_TRY(on_late());
+    if (on_late) {
+      UNMOOR_ASSIGN(const bool lets_go_on, on_late());
+      if (lets_go_on) began = MonotonicNow();
+    }
     SleepFor(Nanos(20'000));
   }
   if (threads_.empty()) {
