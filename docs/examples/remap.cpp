@@ -23,8 +23,9 @@ int main(int, char** argv) {
   constexpr size_t kSize = 64 << 20, kWords = kSize / sizeof(uint64_t);
   void* const at = mmap(nullptr, kSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   auto* const heap = static_cast<uint64_t*>(at);
+  const unmoor::MemoryRange memory[] = {{at, kSize}};
   for (size_t i = 0; i < kWords; ++i) heap[i] = i;
-  Must(unmoor::Checkpoint({{{at, kSize}}}, first));  // a full image
+  Must(unmoor::Checkpoint(memory, first));  // a full image
   munmap(at, kSize);
 
   auto image = Must(unmoor::PageImage::Open(first));
@@ -37,7 +38,7 @@ int main(int, char** argv) {
 
   unmoor::CheckpointOptions options;
   options.base = &image;  // only what changed is written
-  const auto report = Must(unmoor::Checkpoint({{{at, kSize}}}, second, options));
+  const auto report = Must(unmoor::Checkpoint(memory, second, options));
   uint64_t sum = 0;
   for (size_t i = 0; i < kWords; ++i) sum += heap[i] * i;
   std::filesystem::remove_all(first);  // the second needs nothing of it
