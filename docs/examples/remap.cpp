@@ -17,7 +17,8 @@ T Must(unmoor::StatusOr<T> result) {
   std::exit(1);
 }
 
-int main(int, char** argv) {
+int main(int argc, char** argv) {
+  if (argc != 2) return 2;  // the directory in which the two images are made
   const std::string first = argv[1] + std::string("/first"),
                     second = argv[1] + std::string("/second");
   constexpr size_t kSize = 64 << 20, kWords = kSize / sizeof(uint64_t);

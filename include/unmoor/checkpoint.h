@@ -9,8 +9,7 @@
 // (copied across file systems), so `base` may be deleted afterwards, or before, while it is open.
 //
 // The caller keeps the memory still: writes during Checkpoint make no error, but an image whose
-// pages are from different moments. Stop or park the writing threads, or checkpoint in a forked
-// child.
+// pages are from different moments (each page is read once). Stop or park the threads that write.
 #pragma once
 
 #include <span>
