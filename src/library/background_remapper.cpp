@@ -141,6 +141,7 @@ class BackgroundRemapper::Impl {
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
 
+  [[nodiscard]] Result<> WatchScope() { return share_->WatchScope(); }
   void Begin();
   [[nodiscard]] bool IsOfThisProcess() const { return OwnPid() == owner_; }
   [[nodiscard]] RemapProgress progress() const;
@@ -491,6 +492,13 @@ StatusOr<BackgroundRemapper> BackgroundRemapper::StartWith(std::span<const Remap
   }
   auto impl =
       std::make_unique<Impl>(std::move(*watcher), std::move(scope), std::move(sources), options);
+  // Memory given back behaves as on anonymous memory from the moment Start returns.
+  for (int attempt = 0;; ++attempt) {
+    const auto watched = impl->WatchScope();
+    if (watched) break;
+    const bool changed_meanwhile = watched.error().errnum() == EINVAL;
+    if (!changed_meanwhile || attempt == 100) return StatusFrom(watched.error());
+  }
   impl->Begin();
   return BackgroundRemapper(std::move(impl));
 }

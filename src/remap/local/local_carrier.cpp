@@ -25,7 +25,7 @@ namespace {
 
 constexpr size_t kSpareMaps = 64;  // what the remap may need for itself
 constexpr Nanos kPinCheckInterval(50'000'000);
-constexpr Nanos kPatience(10'000'000'000);  // for threads that do not come to rest
+constexpr Nanos kPatience(4'000'000'000);  // for threads that do not come to rest
 constexpr int kPlanAttempts = 1000;
 constexpr size_t kRefusalsOfAnArea = 64;
 constexpr Bytes kHotChunk(uint64_t{32} << 20);
@@ -94,9 +94,38 @@ RemapShare::~RemapShare() {
   }
   for (const auto& [area, image] : images_) {
     locks.address_space.Acquire();
-    AddImage({DeviceOf(area), area.inode, -1});
+    ForgetImageFile(image->fd);
     locks.address_space.Release();
   }
+  watcher_->Disclaim(adopted_);
+}
+
+Result<> RemapShare::WatchScope() {
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(OwnPid()));
+  for (const VmaInfo& vma : vmas) {
+    if (!MapsPageImage(vma)) continue;
+    for (const ScopeRange& scope : scope_) {
+      const VaddrRange part = scope.memory.Intersect(vma.range);
+      if (part.empty()) continue;
+      locks.address_space.Acquire();
+      AddImage({uint64_t{vma.dev_major} << 32 | vma.dev_minor, vma.inode, -1});
+      locks.address_space.Release();
+      UNMOOR_TRY(watcher_->Watch(part));
+    }
+  }
+  return {};
+}
+
+bool RemapShare::AdoptMoved(const Area& area) {
+  const std::lock_guard lock(mutex_);
+  const bool ours = std::ranges::any_of(mirrors_, [&](const Mirror& mirror) {
+    return mirror.area.inode == area.inode && DeviceOf(mirror.area) == DeviceOf(area) &&
+           mirror.area.offset <= area.offset &&
+           area.OffsetOf(area.range.end) <= mirror.area.OffsetOf(mirror.area.range.end);
+  });
+  if (!ours || !watcher_->Claim(std::span(&area.range, 1))) return false;
+  adopted_.push_back(area.range);
+  return true;
 }
 
 // One mirror for each area, kept as long as the remapper: pages moved from one mirror to one area
@@ -233,8 +262,7 @@ LocalCarrier::LocalCarrier(std::shared_ptr<RemapShare> share, std::vector<ScopeR
       scope_(std::move(scope)),
       options_(std::move(options)),
       bounce_(kBlockSize),
-      room_(std::make_unique<WindowRoom>()),
-      moves_seen_(MoveCount()) {}
+      room_(std::make_unique<WindowRoom>()) {}
 
 LocalCarrier::~LocalCarrier() {
   if (!share_->watcher().IsOfThisProcess()) {
@@ -287,6 +315,18 @@ Result<> LocalCarrier::PlanOnce() {
         UNMOOR_TRY(PlanPart(area, part, scope.guarded));
       }
     }
+  }
+  for (const Area& area : areas) UNMOOR_TRY(AdoptMoved(area, refused));
+  return {};
+}
+
+// What the program moved out of the scope is still watched where it is now, and still ours to
+// remap.
+Result<> LocalCarrier::AdoptMoved(const Area& area, const RangeSet& refused) {
+  if (!area.HasFlag("uw") || !share_->AdoptMoved(area)) return {};
+  scope_.push_back({area.range, false});
+  for (const VaddrRange part : refused.Outside(area.range)) {
+    UNMOOR_TRY(PlanPart(area, part, false));
   }
   return {};
 }
@@ -399,24 +439,7 @@ Result<> LocalCarrier::CheckNoPinnedMemory() {
 
 Result<bool> LocalCarrier::HandleEvents() {
   if (options_.gate) UNMOOR_TRY(options_.gate(Bytes(0)));
-  FollowMoves();
   return std::exchange(stale_, false);
-}
-
-// What the program moved stays in scope where it is now.
-void LocalCarrier::FollowMoves() {
-  for (const uint64_t count = MoveCount(); moves_seen_ < count; ++moves_seen_) {
-    MovedRange move;
-    if (!ReadMove(moves_seen_, move)) continue;
-    const VaddrRange from{Vaddr(move.from), Vaddr(move.from + move.length)};
-    for (size_t i = 0, known = scope_.size(); i < known; ++i) {
-      const VaddrRange part = scope_[i].memory.Intersect(from);
-      if (part.empty()) continue;
-      const Vaddr to = Vaddr(move.to) + (part.begin - from.begin);
-      scope_.push_back({{to, to + part.size()}, scope_[i].guarded});
-      stale_ = true;
-    }
-  }
 }
 
 void LocalCarrier::Pause(Nanos time) {

@@ -57,6 +57,11 @@ class RemapShare {
   RemapShare& operator=(const RemapShare&) = delete;
 
   [[nodiscard]] Watcher& watcher() { return *watcher_; }
+  // Watches all that is direct-mapped in the scope, from here on and before anything is copied.
+  [[nodiscard]] Result<> WatchScope();
+  // Whether `area`, outside of every remapper's scope, was in ours before the program moved it. The
+  // first who asks has it.
+  [[nodiscard]] bool AdoptMoved(const Area& area);
   // The place where `area` (or an area it was cut from) is staged.
   [[nodiscard]] Result<MirrorPlace> MirrorFor(const Area& area);
 
@@ -88,6 +93,7 @@ class RemapShare {
   const std::vector<ImageSource> sources_;
   mutable std::mutex mutex_;
   std::vector<Mirror> mirrors_;
+  std::vector<VaddrRange> adopted_;
   std::vector<std::pair<Area, std::unique_ptr<Image>>> images_;
   RangeSet refused_;
   std::string refusal_;
@@ -133,7 +139,7 @@ class LocalCarrier final : public Carrier {
   [[nodiscard]] VaddrRange RefuseTruncated(const Area& area, const RemapShare::Image& image);
   [[nodiscard]] RangeSet DataOf(const Area& area, const RemapShare::Image& image) const;
   void SortPlan();
-  void FollowMoves();
+  [[nodiscard]] Result<> AdoptMoved(const Area& area, const RangeSet& refused);
   [[nodiscard]] Result<> CheckNoPinnedMemory();
   [[nodiscard]] Result<> EnsureScratch();
   [[nodiscard]] Result<> CopyHuge(const Planned& target, const CopyStep& step);
@@ -161,7 +167,6 @@ class LocalCarrier final : public Carrier {
   const RangeSet none_;
   std::unique_ptr<WindowRoom> room_;
   std::vector<WindowPiece> frozen_pieces_, guarded_pieces_;
-  uint64_t moves_seen_ = 0;
   bool stale_ = false;
   bool end_run_ = false;
   int busy_in_a_row_ = 0;

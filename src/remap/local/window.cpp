@@ -22,7 +22,7 @@ constexpr uint32_t kRead = 1, kWrite = 2;  // PROT_…
 constexpr long kPrivateAnonymousFixed = 0x02 | 0x20 | 0x10;
 constexpr long kMoveFixedDontUnmap = 1 | 2 | 4;  // MREMAP_…
 constexpr long kDontNeed = 4;                    // MADV_…
-constexpr uint32_t kMaxImages = 1024, kMaxMirrors = 4096, kMaxTracked = 1024, kMaxMoves = 256;
+constexpr uint32_t kMaxImages = 1024, kMaxMirrors = 4096, kMaxTracked = 1024;
 constexpr int kEventsAtOnce = 64;
 constexpr int64_t kDetachLimit = 20'000'000;
 constexpr long kEstale = 116, kE2big = 7;
@@ -38,8 +38,6 @@ struct State {
   MirrorPlace mirrors[kMaxMirrors];
   uint32_t mirror_count = 0;
   TrackedRange tracked[kMaxTracked];
-  MovedRange moves[kMaxMoves];
-  uint64_t move_count = 0;
 };
 State state;
 
@@ -151,11 +149,38 @@ long CollectParts(const Descriptors& fds, const WindowPiece* pieces, uint32_t co
   return 0;
 }
 
+// Vectorised by the compiler: this is what a window spends on pages of the program's own.
+__attribute__((optimize("O3"))) bool SamePage(uint64_t a, uint64_t b) {
+  // SAFETY: both pages are mapped and readable; nobody can unmap them now.
+  const auto* x = reinterpret_cast<const uint64_t*>(a);
+  const auto* y = reinterpret_cast<const uint64_t*>(b);
+  uint64_t difference = 0;
+  for (uint32_t i = 0; i < kPage / sizeof(uint64_t); ++i) difference |= x[i] ^ y[i];
+  return difference == 0;
+}
+
 // Copies what was written since the last look. Nothing can be written any more.
+//
+// With everybody at rest, pages of the process's own that do not show as written are compared as
+// well: a transfer by a device (a read with O_DIRECT) writes behind the page tables, and one that
+// was under way as the page was copied, and has ended since, left no other trace.
 long Recheck(const Descriptors& fds, const WindowPiece* pieces, const Part& part, bool frozen,
              uint64_t dirty_limit, WindowRoom& room, uint32_t& recopied) {
   const WindowPiece& piece = pieces[part.piece];
   const uint64_t delta = piece.mirror - piece.begin;
+  const bool readable = (piece.protection & kRead) != 0;
+  const bool compare = frozen && readable && (piece.protection & kWrite) != 0;
+  const auto copy = [&](uint64_t begin, uint64_t end) -> long {
+    const uint64_t pages = (end - begin) / kPage;
+    if (recopied + pages > dirty_limit) return -kE2big;
+    recopied += static_cast<uint32_t>(pages);
+    NoteWritten(begin, end);
+    if (frozen && readable) {
+      CopyBytes(begin + delta, begin, end - begin);
+      return 0;
+    }
+    return ReadMemory(fds, begin + delta, begin, end - begin) ? 0 : -kEstale;
+  };
   for (uint64_t at = part.begin; at < part.end;) {
     kernel::PmScanArg scan{};
     scan.size = sizeof(scan);
@@ -165,23 +190,21 @@ long Recheck(const Descriptors& fds, const WindowPiece* pieces, const Part& part
     scan.vec = static_cast<uint64_t>(Address(room.regions));
     scan.vec_len = sizeof(room.regions) / sizeof(room.regions[0]);
     scan.category_inverted = kernel::kPageIsFile | kernel::kPageIsPfnZero;
-    scan.category_mask = kernel::kPageIsWritten | kernel::kPageIsFile | kernel::kPageIsPfnZero;
+    scan.category_mask =
+        kernel::kPageIsFile | kernel::kPageIsPfnZero | (compare ? 0 : kernel::kPageIsWritten);
     scan.category_anyof_mask = kernel::kPageIsPresent | kernel::kPageIsSwapped;
-    scan.return_mask = kernel::kPageIsPresent;
+    scan.return_mask = kernel::kPageIsWritten;
     const long regions = Call(__NR_ioctl, fds.pagemap, Word(kernel::kPagemapScan), Address(&scan));
     if (regions < 0) return regions;
     for (long i = 0; i < regions; ++i) {
       const Region& region = room.regions[i];
-      const uint64_t pages = (region.end - region.start) / kPage;
-      if (recopied + pages > dirty_limit) return -kE2big;
-      recopied += static_cast<uint32_t>(pages);
-      const uint64_t length = region.end - region.start;
-      if (frozen && (piece.protection & kRead) != 0) {
-        CopyBytes(region.start + delta, region.start, length);
-      } else if (!ReadMemory(fds, region.start + delta, region.start, length)) {
-        return -kEstale;
+      const bool written = (region.categories & kernel::kPageIsWritten) != 0;
+      long error = written ? copy(region.start, region.end) : 0;
+      for (uint64_t page = region.start; !written && error == 0 && page < region.end;
+           page += kPage) {
+        if (!SamePage(page, page + delta)) error = copy(page, page + kPage);
       }
-      NoteWritten(region.start, region.end);
+      if (error < 0) return error;
     }
     if (scan.walk_end <= at) return -kEstale;
     at = scan.walk_end;
@@ -425,14 +448,13 @@ void AnswerEvents(const Descriptors& fds, const Sleepers& sleepers, bool held) {
     } else if (message.event == UFFD_EVENT_UNMAP) {
       unmapped[unmapped_count++] = {message.arg.remove.start, message.arg.remove.end};
     } else if (message.event == UFFD_EVENT_REMAP) {
-      const MovedRange move{message.arg.remap.from, message.arg.remap.to, message.arg.remap.len};
-      state.moves[state.move_count % kMaxMoves] = move;
-      __atomic_add_fetch(&state.move_count, 1, __ATOMIC_RELEASE);
-      NoteWritten(move.from, move.from + move.length);
-      NoteWritten(move.to, move.to + move.length);
-      grown[grown_count++] = move.to + move.length;
+      const uint64_t from = message.arg.remap.from, to = message.arg.remap.to;
+      const uint64_t length = message.arg.remap.len;
+      NoteWritten(from, from + length);
+      NoteWritten(to, to + length);
+      grown[grown_count++] = to + length;
       for (uint32_t k = 0; k < sleepers.kept_count; ++k) {
-        if (sleepers.kept[k].begin == move.from) GiveBack(fds, move.from, move.from + move.length);
+        if (sleepers.kept[k].begin == from) GiveBack(fds, from, from + length);
       }
     }
   }
@@ -499,13 +521,19 @@ bool AddImage(const KnownImage& image) {
   for (uint32_t i = 0; i < state.image_count; ++i) {
     KnownImage& known = state.images[i];
     if (known.device == image.device && known.inode == image.inode) {
-      known.fd = image.fd;
+      if (image.fd >= 0) known.fd = image.fd;
       return true;
     }
   }
   if (state.image_count == kMaxImages) return false;
   state.images[state.image_count++] = image;
   return true;
+}
+
+void ForgetImageFile(int fd) {
+  for (uint32_t i = 0; i < state.image_count; ++i) {
+    if (state.images[i].fd == fd) state.images[i].fd = -1;
+  }
 }
 
 bool AddMirror(const MirrorPlace& place) {
@@ -585,18 +613,6 @@ WindowResult SwapGuarded(const Descriptors& fds, const WindowPiece& piece, uint6
   locks.address_space.Release();
   locks.window.Release();
   return result;
-}
-
-uint64_t MoveCount() {
-  return __atomic_load_n(&state.move_count, __ATOMIC_ACQUIRE);
-}
-
-bool ReadMove(uint64_t number, MovedRange& move) {
-  locks.address_space.Acquire();
-  const bool kept = number < state.move_count && state.move_count - number <= kMaxMoves;
-  if (kept) move = state.moves[number % kMaxMoves];
-  locks.address_space.Release();
-  return kept;
 }
 
 void ServeEvents(const Descriptors& fds) {

@@ -36,6 +36,7 @@ struct KnownImage {
   int fd = -1;
 };
 bool AddImage(const KnownImage& image);  // false: no room
+void ForgetImageFile(int fd);            // about to be closed
 
 // Where the pages of [begin, end), a mapping of the image, are staged; at the same distances.
 struct MirrorPlace {
@@ -98,13 +99,6 @@ WindowResult SwapGuarded(const Descriptors& fds, const WindowPiece& piece, uint6
                          WindowRoom& room);
 
 // --- events -------------------------------------------------------------------------------------
-
-struct MovedRange {
-  uint64_t from = 0, to = 0, length = 0;
-};
-// Moves since the process began are numbered; false when `number` is no longer, or not yet, kept.
-uint64_t MoveCount();
-bool ReadMove(uint64_t number, MovedRange& move);
 
 // Answers the events that wait: before any of their threads runs on in the program, what it gave
 // back is anonymous and zero.
