@@ -489,6 +489,13 @@ long StopResumed(Data& data, int64_t limit_ns) {
   }
 }
 
+bool AnyResumed(const Data& data) {
+  for (uint32_t i = 0; i < data.thread_count; ++i) {
+    if (data.threads[i].resumed != 0) return true;
+  }
+  return false;
+}
+
 long Guard(Data& data, const uint64_t (&a)[7], uint32_t& ran_on) {
   ran_on = 0;
   for (uint32_t i = 0; i < data.thread_count; ++i) ran_on += data.threads[i].resumed;
@@ -635,7 +642,7 @@ long Recheck(Data& data, const uint64_t (&a)[7], uint32_t& copied) {
     scan.vec = static_cast<uint64_t>(Address(data.regions));
     scan.vec_len = kScanRegions;
     scan.category_inverted = kPageIsFile | kPageIsPfnZero;
-    scan.category_mask = kPageIsWritten | kPageIsFile | kPageIsPfnZero;
+    scan.category_mask = (a[5] != 0 ? 0 : kPageIsWritten) | kPageIsFile | kPageIsPfnZero;
     scan.category_anyof_mask = kPageIsPresent | kPageIsSwapped;
     scan.return_mask = kPageIsPresent;
     const long regions = Syscall(__NR_ioctl, Word(a[0]), Word(kPagemapScan), Address(&scan));
@@ -737,8 +744,11 @@ bool Serve(Data& data) {
   while (data.held == 0 && data.thread_count > 0) {
     Thaw(data);  // those that were late
     if (data.thread_count == 0) break;
-    if (data.guard_active == 0 && Readable(data.socket, 200'000)) break;
-    if (data.guard_active != 0) Idle(64);  // first things first
+    if (AnyResumed(data)) {
+      Idle(64);  // the next list could not tell them from others
+    } else if (Readable(data.socket, 200'000)) {
+      break;
+    }
   }
   KernelIovec iov[2] = {{&data.header, sizeof(data.header)}, {data.ops, sizeof(data.ops)}};
   ControlBuffer control{};

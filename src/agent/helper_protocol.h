@@ -41,8 +41,9 @@ enum class OpKind : uint32_t {
               // nested: the names in the directory are of an outer PID namespace. guarded: threads in
               // user mode run on as soon as their system calls are held.
   kCheckVma,  // args: maps fd, begin, end, prot, inode, offset, major << 32 | minor. One VMA.
-  kRecheck,   // args: pagemap fd, begin, end, mirror - original, page limit. Copies what was
-              // written since the baseline; E2BIG beyond the limit.
+  kRecheck,   // args: pagemap fd, begin, end, mirror - original, page limit, all. Copies what was
+              // written since the baseline (all: every page of the program's own, since the page
+              // tables may not tell); E2BIG beyond the limit.
   kHold,  // args: task directory fd, time limit in ns, nested. As kFreeze, but stays in force after
           // the list until a Thaw; its result is the number of threads not stopped yet.
   kThaw,  // no args.

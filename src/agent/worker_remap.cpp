@@ -36,6 +36,7 @@ namespace {
 constexpr size_t kSpareMaps = 128;  // what the remap may need for itself
 constexpr Nanos kPinCheckInterval(50'000'000);
 constexpr int kPlanAttempts = 1000;
+constexpr unsigned long kOpenDirect = 040000;  // O_DIRECT
 constexpr int kBusyBeforeHold = 2;
 constexpr Nanos kSwapDeadline(250'000'000);
 constexpr int kAdviceCollapse = 25;
@@ -45,6 +46,14 @@ constexpr uint64_t kHighestOwned = uint64_t{1} << 46;
 
 uint64_t ToDevice(uint32_t major, uint32_t minor) {
   return uint64_t{major} << 32 | minor;
+}
+
+// By the line "flags:", octal.
+bool IsOpenDirect(const std::string& fdinfo) {
+  const auto text = ReadFile(fdinfo);
+  const size_t at = text ? text->find("flags:") : std::string::npos;
+  return at != std::string::npos &&
+         (std::strtoul(text->c_str() + at + 6, nullptr, 8) & kOpenDirect) != 0;
 }
 
 size_t MaxMapCount() {
@@ -105,9 +114,11 @@ Result<Carrier::PlannedArea> Worker::PlanArea(Area area) {
 }
 
 // Memory that devices or the kernel write to behind the page tables cannot be moved safely, and
-// nothing tells which it is; so a program with asynchronous I/O set up is left alone.
+// nothing tells which it is; so a program with asynchronous I/O set up is left alone. Synchronous
+// transfers (O_DIRECT) have ended by the time their threads are stopped, but may have written,
+// unseen, to pages whose baseline was set while they were under way.
 Result<> Worker::CheckNoPinnedMemory() {
-  last_pin_check_ = MonotonicNow();
+  const Nanos began = MonotonicNow();
   UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid_));
   for (const VmaInfo& vma : vmas) {
     if (vma.name.starts_with("/[aio]")) {
@@ -123,7 +134,12 @@ Result<> Worker::CheckNoPinnedMemory() {
       return Failure(Error(ErrorKind::kMachine, EBUSY,
                            "the program uses io_uring, whose buffers must not move; close it"));
     }
+    if (!direct_io_ && target && target->starts_with("/")) {
+      direct_io_ = IsOpenDirect(fmt::format("/proc/{}/fdinfo/{}", pid_.value, fd));
+    }
   }
+  const Nanos now = MonotonicNow();
+  next_pin_check_ = now + std::max(kPinCheckInterval, Nanos((now - began).value * 10));
   return {};
 }
 
@@ -440,7 +456,7 @@ bool Worker::AddGuards(OpList& ops, std::span<const Piece> pieces) {
 
 Result<SwapOutcome> Worker::SwapInWindow(std::span<const Piece> pieces, PageCount dirty_limit) {
   SwapOutcome outcome;
-  if (MonotonicNow() - last_pin_check_ > kPinCheckInterval) UNMOOR_TRY(CheckNoPinnedMemory());
+  if (MonotonicNow() > next_pin_check_) UNMOOR_TRY(CheckNoPinnedMemory());
   // Three quarters of the pause for stopping the threads, the rest for recheck and swap. A machine
   // under load may not get every thread onto a core that soon; rather than never finishing, the
   // time for stopping grows to twice that.
@@ -459,7 +475,7 @@ Result<SwapOutcome> Worker::SwapInWindow(std::span<const Piece> pieces, PageCoun
   if (guarded) ops.Guard(helper_tasks_, stop_limit);
   for (const Piece& piece : pieces) {
     ops.Recheck(helper_pagemap_, piece.range, MirrorOf(piece.area).At(piece.range.begin),
-                dirty_limit);
+                dirty_limit, direct_io_);
   }
   ops.Deadline(kSwapDeadline);
   for (const Piece& piece : pieces) AddSwap(ops, piece);

@@ -80,11 +80,18 @@ void AgentTest::ExpectGoodEnd(Pid pid) {
   EXPECT_EQ(signals_->errors, 0) << signals_->first_error;
 }
 
+AgentOptions AgentTest::WithGuard(AgentOptions options) {
+  const char* guard = std::getenv("UNMOOR_TEST_GUARD");
+  if (guard != nullptr && std::string_view(guard) == "fault") options.guard = GuardPolicy::kFault;
+  if (const char* log = std::getenv("UNMOOR_TEST_AGENT_LOG")) options.log_file = log;
+  return options;
+}
+
 Pid AgentTest::StartRemap(Pid pid, const AgentOptions& options) {
   remap_text_[0] = 0;
   const pid_t command = ::fork();
   if (command == 0) {
-    const auto report = RemapProcess(pid, options, {});
+    const auto report = RemapProcess(pid, WithGuard(options), {});
     const std::string text = report ? "" : report.error().message();
     text.copy(remap_text_, kPageSize - 1);
     remap_text_[std::min<size_t>(text.size(), kPageSize - 1)] = 0;
@@ -99,8 +106,7 @@ void AgentTest::WatchStopped(Pid pid, AgentOptions options) {
     const auto process = ReadProcess(pid);
     return process && process->state == 'T';
   }));
-  if (const char* log = std::getenv("UNMOOR_TEST_AGENT_LOG")) options.log_file = log;
-  const auto agent = StartAgentForStopped({pid}, {}, options);
+  const auto agent = StartAgentForStopped({pid}, {}, WithGuard(std::move(options)));
   ASSERT_TRUE(agent) << agent.error().message();
 }
 

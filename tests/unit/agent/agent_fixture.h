@@ -32,6 +32,9 @@ class AgentTest : public testing::Test {
   // Wait status of a child of ours; fails the test when it does not end.
   int AwaitEnd(Pid pid);
 
+  // With the guard that UNMOOR_TEST_GUARD names (freeze, fault), so that the same tests run under
+  // either; `options` as they are without.
+  static AgentOptions WithGuard(AgentOptions options);
   // RemapProcess in a process of its own; `message` of its end is in remap_text().
   Pid StartRemap(Pid pid, const AgentOptions& options);
   [[nodiscard]] const char* remap_text() const { return remap_text_; }

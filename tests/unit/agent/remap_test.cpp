@@ -28,7 +28,7 @@ class RemapTest : public AgentTest {
   }
 
   void ExpectRemapped(Pid pid, const AgentOptions& options = {}) {
-    const auto report = RemapProcess(pid, options, {});
+    const auto report = RemapProcess(pid, WithGuard(options), {});
     ASSERT_TRUE(report) << report.error().message();
     ExpectReady(pid);
   }
