@@ -61,9 +61,9 @@ OpList& OpList::CheckVma(int maps, VaddrRange range, int prot, uint64_t inode, u
              {static_cast<uint64_t>(maps), range.begin.value, range.end.value,
               static_cast<uint64_t>(prot), inode, offset, uint64_t{dev_major} << 32 | dev_minor});
 }
-OpList& OpList::Recheck(int pagemap, VaddrRange range, Vaddr mirror, PageCount limit) {
+OpList& OpList::Recheck(int pagemap, VaddrRange range, Vaddr mirror, PageCount limit, bool all) {
   return Add(OpKind::kRecheck, {static_cast<uint64_t>(pagemap), range.begin.value, range.end.value,
-                                mirror.value - range.begin.value, limit.value, 0, 0});
+                                mirror.value - range.begin.value, limit.value, all ? uint64_t{1} : 0, 0});
 }
 OpList& OpList::Hold(int task_directory, Nanos limit, bool nested) {
   return Add(OpKind::kHold,

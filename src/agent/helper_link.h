@@ -27,7 +27,7 @@ class OpList {
   OpList& Freeze(int task_directory, Nanos limit, bool nested, int uffd, bool guarded);
   OpList& CheckVma(int maps, VaddrRange range, int prot, uint64_t inode, uint64_t offset,
                    uint32_t dev_major, uint32_t dev_minor);
-  OpList& Recheck(int pagemap, VaddrRange range, Vaddr mirror, PageCount limit);
+  OpList& Recheck(int pagemap, VaddrRange range, Vaddr mirror, PageCount limit, bool all);
   OpList& Hold(int task_directory, Nanos limit, bool nested);
   OpList& Thaw();
   OpList& GuardPiece(VaddrRange range, int prot);

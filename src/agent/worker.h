@@ -81,7 +81,7 @@ class Worker final : public Carrier {
   struct HeldEvents {
     std::vector<VaddrRange> given_back;
     std::vector<Vaddr> cut;    // where a munmap may have shortened a VMA
-    std::vector<Vaddr> moved;  // where a moved VMA ended before it grew
+    std::vector<VaddrRange> grown;  // what moved VMAs gained while they moved
   };
 
   [[nodiscard]] bool AnotherAgentIsAtWork() const;
@@ -125,7 +125,7 @@ class Worker final : public Carrier {
   void NoteEvent(UffdEvent& event, bool& changed);
   [[nodiscard]] bool MayCopyGivenBack(VaddrRange range) const;
   [[nodiscard]] Result<> Drop(VaddrRange range);
-  [[nodiscard]] Result<> ZeroGrowth(Vaddr old_end);
+  [[nodiscard]] Result<> ZeroGrowth(VaddrRange grown);
   [[nodiscard]] Result<> ConvertShortened(Vaddr end);
   [[nodiscard]] Result<> ConvertHeld(size_t area);
   [[nodiscard]] Result<> DropImagePart(VaddrRange part, int prot);
@@ -170,7 +170,8 @@ class Worker final : public Carrier {
   int busy_in_a_row_ = 0;
   RemapCounts counts_;
   Nanos last_saved_;
-  Nanos last_pin_check_;
+  Nanos next_pin_check_;
+  bool direct_io_ = false;  // the program has files open with O_DIRECT
 };
 
 }  // namespace unmoor

@@ -53,6 +53,18 @@ bool KeepsOldMapping(const ThreadCalls& calls, VaddrRange range) {
   });
 }
 
+// What was added to `event`'s range when it moved. The event has the old length only, and the VMA
+// there may be longer for having joined its neighbours; so the caller says.
+VaddrRange GrownBy(const ThreadCalls& calls, const UffdEvent& event) {
+  const auto call = std::ranges::find_if(calls.blocked, [&](const BlockedCall& c) {
+    return c.number == SYS_mremap && c.args[0] == event.range.begin.value;
+  });
+  if (call == calls.blocked.end()) return {};
+  const Vaddr old_end = event.to + event.range.size();
+  const Vaddr new_end = event.to + Bytes(AlignUp(call->args[2], kPageSize));
+  return {old_end, std::max(old_end, new_end)};
+}
+
 bool Forks(const BlockedCall& call) {
   return call.number == SYS_fork || call.number == SYS_clone || call.number == SYS_clone3;
 }
@@ -108,7 +120,7 @@ Result<> Worker::HoldProgram(bool& changed) {
   const auto stopped = StopAndRead(events, changed);
   // Whatever went wrong, what the events said happens before anybody runs.
   for (const VaddrRange range : events.given_back) UNMOOR_TRY(Drop(range));
-  for (const Vaddr end : events.moved) UNMOOR_TRY(ZeroGrowth(end));
+  for (const VaddrRange range : events.grown) UNMOOR_TRY(ZeroGrowth(range));
   for (const Vaddr end : events.cut) UNMOOR_TRY(ConvertShortened(end));
   return stopped;
 }
@@ -140,7 +152,7 @@ Result<> Worker::StopAndRead(HeldEvents& events, bool& changed) {
     }
     if (event->kind == UffdEvent::Kind::kUnmap) events.cut.push_back(event->range.begin);
     if (event->kind == UffdEvent::Kind::kRemap) {
-      events.moved.push_back(event->to + event->range.size());
+      events.grown.push_back(GrownBy(calls, *event));
     }
     NoteEvent(*event, changed);
   }
@@ -234,9 +246,11 @@ Result<> Worker::DropImagePart(VaddrRange part, int prot) {
 // A VMA that grew while it moved shows what follows in its file. Behind an extent that is a hole,
 // but not where the VMA had been shortened before: that is overwritten, since giving it back would
 // cut the VMA in two and the program's next mremap of it would fail.
-Result<> Worker::ZeroGrowth(Vaddr old_end) {
-  UNMOOR_ASSIGN(const auto vma, QueryVma(maps_.get(), old_end));
-  if (!vma || vma->range.begin >= old_end || !IsKnownImage(*vma)) return {};
+Result<> Worker::ZeroGrowth(VaddrRange grown) {
+  if (grown.empty()) return {};
+  UNMOOR_ASSIGN(const auto vma, QueryVma(maps_.get(), grown.begin));
+  if (!vma || vma->range.begin >= grown.begin || !IsKnownImage(*vma)) return {};
+  grown = vma->range.Intersect(grown);
   Area area;
   area.inode = vma->inode;
   area.dev_major = vma->dev_major;
@@ -246,7 +260,7 @@ Result<> Worker::ZeroGrowth(Vaddr old_end) {
   const auto offset = [&](Vaddr at) { return vma->offset + (at - vma->range.begin); };
   UNMOOR_ASSIGN(
       const std::vector<FileRange> data,
-      DataRanges(file->fd.get(), {offset(old_end), offset(vma->range.end)}, "page image"));
+      DataRanges(file->fd.get(), {offset(grown.begin), offset(grown.end)}, "page image"));
   const std::vector<std::byte> zeros(size_t{1} << 20);
   for (const FileRange& range : data) {
     for (FileOffset at = range.begin; at < range.end;) {
