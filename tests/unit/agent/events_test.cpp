@@ -25,6 +25,7 @@ class Hazards {
     Protects();
     MapsOver();
     Grows();
+    MovesAwayAndBack();
     memory_.CheckAll("after all");
   }
   Memory& memory() { return memory_; }
@@ -94,6 +95,18 @@ class Hazards {
     CheckRange(half, memory_.pages(), "moved there and back");
     memory_.GiveBack(half, 4, MADV_DONTNEED);
     CheckRange(half, half + 8, "given back after mremap");
+  }
+
+  // A page that comes back joins its neighbours; nothing of theirs may change.
+  void MovesAwayAndBack() {
+    const uint64_t page = memory_.pages() / 2 + 32;
+    void* away = ::mmap(nullptr, kPageSize, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* moved = ::mremap(memory_.At(page), kPageSize, kPageSize, MREMAP_MAYMOVE | MREMAP_FIXED,
+                           away);
+    Expect(moved == away, "mremap of a page");
+    moved = ::mremap(away, kPageSize, kPageSize, MREMAP_MAYMOVE | MREMAP_FIXED, memory_.At(page));
+    Expect(moved == memory_.At(page), "mremap of a page back");
+    CheckRange(page - 8, page + 32, "next to a page moved there and back");
   }
 
   void CheckRange(uint64_t begin, uint64_t end, const char* when) {
