@@ -8,7 +8,8 @@ is ended and the folder is removed.
 A story fails by raising (Failed, or anything else), and is skipped by raising Skip.
 
 Environment: UNMOOR (the program under test; default build/dev/tools/unmoor/unmoor), UNMOOR_PROGRAMS
-(the folder of churn, zoo, tree and HeapChurn.class), UNMOOR_CRIU as for unmoor itself.
+(the folder of churn, zoo, tree and HeapChurn.class), UNMOOR_GUARD (freeze, fault: the guard of every
+remap), UNMOOR_CRIU as for unmoor itself.
 """
 import collections
 import contextlib
@@ -28,6 +29,7 @@ import uuid
 SOURCE = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 UNMOOR = os.environ.get("UNMOOR", os.path.join(SOURCE, "build/dev/tools/unmoor/unmoor"))
 PROGRAMS = os.environ.get("UNMOOR_PROGRAMS", os.path.join(SOURCE, "build/dev/tests/programs"))
+GUARD = os.environ.get("UNMOOR_GUARD", "")
 READY, LATER, NEVER = 0, 1, 2
 USER_MISTAKE = 2
 PR_SET_CHILD_SUBREAPER = 36
@@ -365,6 +367,8 @@ class Story:
     def unmoor(self, *arguments, expect=0, timeout=120, environment=None, **options):
         """Runs `unmoor arguments…` to its end. `expect`: the exit code, or None for any."""
         command = [UNMOOR, *map(str, arguments)]
+        if GUARD and arguments[0] in ("restore", "remap") and "--guard" not in arguments:
+            command[2:2] = ["--guard", GUARD]
         begun = time.monotonic()
         # Files, not pipes: a detached agent may keep them open.
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
