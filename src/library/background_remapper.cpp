@@ -349,9 +349,6 @@ void BackgroundRemapper::Impl::LetGo() {
   std::vector<VaddrRange> claimed;
   for (const local::ScopeRange& range : ranges_) claimed.push_back(range.memory);
   watcher->Disclaim(claimed);
-  for (const VaddrRange range : claimed) {
-    if (!local::IsTracked(range.begin.value, range.end.value)) watcher->Unwatch(range);
-  }
 }
 
 RemapStatus BackgroundRemapper::Impl::StatusLocked() const {

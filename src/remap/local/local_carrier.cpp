@@ -97,7 +97,16 @@ RemapShare::~RemapShare() {
     ForgetImageFile(image->fd);
     locks.address_space.Release();
   }
+  for (const Area& area : watched_) {
+    locks.address_space.Acquire();
+    RemoveImage(DeviceOf(area), area.inode);
+    locks.address_space.Release();
+  }
   watcher_->Disclaim(adopted_);
+  for (const ScopeRange& scope : scope_) adopted_.push_back(scope.memory);
+  for (const VaddrRange range : adopted_) {
+    if (!IsTracked(range.begin.value, range.end.value)) watcher_->Unwatch(range);
+  }
 }
 
 Result<> RemapShare::WatchScope() {
@@ -107,9 +116,18 @@ Result<> RemapShare::WatchScope() {
     for (const ScopeRange& scope : scope_) {
       const VaddrRange part = scope.memory.Intersect(vma.range);
       if (part.empty()) continue;
+      Area area;
+      area.range = part;
+      area.inode = vma.inode;
+      area.dev_major = vma.dev_major;
+      area.dev_minor = vma.dev_minor;
+      area.offset = (vma.offset + (part.begin - vma.range.begin)).value;
+      const std::lock_guard lock(mutex_);
       locks.address_space.Acquire();
-      AddImage({uint64_t{vma.dev_major} << 32 | vma.dev_minor, vma.inode, -1});
+      const bool room = AddImage(DeviceOf(area), area.inode);
       locks.address_space.Release();
+      if (!room) return Errno(ENOMEM, "too many page images are being remapped at once");
+      watched_.push_back(std::move(area));
       UNMOOR_TRY(watcher_->Watch(part));
     }
   }
@@ -118,10 +136,9 @@ Result<> RemapShare::WatchScope() {
 
 bool RemapShare::AdoptMoved(const Area& area) {
   const std::lock_guard lock(mutex_);
-  const bool ours = std::ranges::any_of(mirrors_, [&](const Mirror& mirror) {
-    return mirror.area.inode == area.inode && DeviceOf(mirror.area) == DeviceOf(area) &&
-           mirror.area.offset <= area.offset &&
-           area.OffsetOf(area.range.end) <= mirror.area.OffsetOf(mirror.area.range.end);
+  const bool ours = std::ranges::any_of(watched_, [&](const Area& watched) {
+    return watched.inode == area.inode && DeviceOf(watched) == DeviceOf(area) &&
+           watched.offset <= area.offset && area.offset < watched.OffsetOf(watched.range.end).value;
   });
   if (!ours || !watcher_->Claim(std::span(&area.range, 1))) return false;
   adopted_.push_back(area.range);
@@ -190,7 +207,7 @@ const RemapShare::Image* RemapShare::ImageOf(const Area& area, bool verify) {
   }
   auto image = std::make_unique<Image>(OpenImage(area, verify));
   locks.address_space.Acquire();
-  AddImage({DeviceOf(area), area.inode, image->fd});
+  SetImageFile(DeviceOf(area), area.inode, image->fd);
   locks.address_space.Release();
   images_.emplace_back(area, std::move(image));
   return images_.back().second.get();
@@ -269,21 +286,16 @@ LocalCarrier::~LocalCarrier() {
     (void)staging_.Release();
     return;
   }
-  End();
   if (!scratch_.whole.empty()) UnmapOwn(scratch_.whole);
-}
-
-void LocalCarrier::End() {
-  for (const VaddrRange range : watched_.Inside({Vaddr(0), Vaddr(~uint64_t{0})})) {
-    if (!IsTracked(range.begin.value, range.end.value)) share_->watcher().Unwatch(range);
-  }
-  watched_ = RangeSet();
 }
 
 Result<std::vector<Carrier::PlannedArea>> LocalCarrier::Plan() {
   UNMOOR_TRY(CheckNoPinnedMemory());
   for (int attempt = 0;; ++attempt) {
-    const auto planned = PlanOnce();
+    auto planned = PlanOnce();
+    // Reading the list takes its time: what moved down meanwhile is in neither half. So nothing is
+    // left only when there is nothing twice.
+    if (planned && plan_.empty()) planned = PlanOnce();
     if (planned) break;
     // The program runs: what was read a moment ago may be unmapped or mapped over by now.
     const int errnum = planned.error().errnum();
@@ -344,7 +356,6 @@ Result<> LocalCarrier::PlanPart(const Area& whole, VaddrRange part, bool guarded
   }
   UNMOOR_ASSIGN(planned.mirror, share_->MirrorFor(whole));
   UNMOOR_TRY(share_->watcher().Watch(part));
-  watched_.Insert(part);
   planned.planned.image_data = DataOf(planned.planned.area, *image);
   plan_.push_back(std::move(planned));
   return {};
@@ -575,7 +586,15 @@ Result<> LocalCarrier::ReadBlock(const Planned& target, FileOffset block, VaddrR
   // SAFETY: the bytes just read into memory of ours.
   const std::span bytes(reinterpret_cast<const std::byte*>(into.value), kBlockSize);
   if (!image.layer->BlockMatches(block, bytes)) {
-    RefuseBlock(target, pages.begin, block, "does not match its hash in the 64 KiB at");
+    // Memory given back takes its part of the mirror away, perhaps between read and hash: only what
+    // nobody else can touch is proof.
+    const std::span again(bounce_);
+    // SAFETY: only handed to pread.
+    const Vaddr bounce(reinterpret_cast<uint64_t>(bounce_.data()));
+    stale_ = whole && ReadFileInto(image.fd, bounce, Bytes(kBlockSize), block) == 0 &&
+             image.layer->BlockMatches(block, again);
+    if (!stale_)
+      RefuseBlock(target, pages.begin, block, "does not match its hash in the 64 KiB at");
     return {};
   }
   if (!whole) {

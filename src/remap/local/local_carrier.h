@@ -47,7 +47,8 @@ struct LocalOptions {
   std::function<Result<>(Bytes)> gate;
 };
 
-// What the carriers of one remapper share. Thread-safe.
+// What the carriers of one remapper share. Thread-safe. With it ends the watch over what is still
+// direct-mapped.
 class RemapShare {
  public:
   RemapShare(std::shared_ptr<Watcher> watcher, std::vector<ScopeRange> scope,
@@ -93,6 +94,7 @@ class RemapShare {
   const std::vector<ImageSource> sources_;
   mutable std::mutex mutex_;
   std::vector<Mirror> mirrors_;
+  std::vector<Area> watched_;  // as WatchScope found them
   std::vector<VaddrRange> adopted_;
   std::vector<std::pair<Area, std::unique_ptr<Image>>> images_;
   RangeSet refused_;
@@ -109,8 +111,6 @@ class LocalCarrier final : public Carrier {
   LocalCarrier& operator=(const LocalCarrier&) = delete;
 
   [[nodiscard]] Nanos longest_guard() const { return longest_guard_; }
-  // Lets go of what is still watched.
-  void End();
 
   // Carrier
   Result<std::vector<PlannedArea>> Plan() override;
@@ -163,7 +163,6 @@ class LocalCarrier final : public Carrier {
   ReservedMemory scratch_;
   std::vector<std::byte> bounce_;
   std::vector<Planned> plan_;
-  RangeSet watched_;
   const RangeSet none_;
   std::unique_ptr<WindowRoom> room_;
   std::vector<WindowPiece> frozen_pieces_, guarded_pieces_;

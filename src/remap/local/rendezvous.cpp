@@ -42,7 +42,8 @@ struct State {
   uint32_t arrived = 0;  // counts acknowledgements
   int32_t signal = 0;
   uint32_t used = 0;
-  kernel::KernelSigaction before{};  // what the handler was put in front of
+  uint64_t installed = 0;                // bit n-1: signal n
+  kernel::KernelSigaction before[64]{};  // what each was put in front of
   int32_t events_thread = 0;
   int32_t opener = 0;  // of the window
   Slot slots[kThreadSlots] = {};
@@ -150,7 +151,7 @@ unmoor_freeze_restorer:
 )");
 
 void PassOn(int signal, SignalInfo* info, void* context) {
-  const auto& before = state.before;
+  const auto& before = state.before[signal - 1];
   if (before.handler < 2) return;  // SIG_DFL, SIG_IGN: nobody else means this signal
   if ((before.flags & kSaSiginfo) != 0) {
     // SAFETY: the handler that was installed, called as the kernel would.
@@ -331,18 +332,27 @@ void Gather(int task_fd, uint32_t window, int64_t limit_ns, WindowAttempt& attem
 }  // namespace
 
 long InstallFreezeHandler(int signal) {
-  if (state.signal != 0) return state.signal == signal ? 0 : -raw::kEbusy;
+  const uint64_t bit = uint64_t{1} << (signal - 1);
+  if ((state.installed & bit) != 0) {
+    state.signal = signal;
+    return 0;
+  }
   kernel::KernelSigaction action{};
   // SAFETY: the kernel calls it with these arguments (SA_SIGINFO).
   action.handler = reinterpret_cast<uint64_t>(&FreezeHandler);
   action.flags = kSaSiginfo | kSaOnStack | kSaRestart | kSaRestorer;
   action.restorer = reinterpret_cast<uint64_t>(&unmoor_freeze_restorer);
   action.mask = ~uint64_t{0};
+  const long error = Call(__NR_rt_sigaction, signal, Address(&action),
+                          Address(&state.before[signal - 1]), sizeof(action.mask));
+  if (error < 0) return error;
+  state.installed |= bit;
   state.signal = signal;
-  const long error = Call(__NR_rt_sigaction, signal, Address(&action), Address(&state.before),
-                          sizeof(action.mask));
-  if (error < 0) state.signal = 0;
-  return error;
+  return 0;
+}
+
+int FreezeSignal() {
+  return state.signal;
 }
 
 void AddEventsThread() {
@@ -468,6 +478,28 @@ uint32_t ForEachSleeping(int task_fd, void (*visit)(void* context, const Sleepin
     return 0;
   });
   return threads;
+}
+
+bool VisitUntilSettled(int task_fd, void (*visit)(void* context, const SleepingCall& call),
+                       void* context, int64_t limit_ns) {
+  const int64_t until = raw::Now() + limit_ns;
+  for (;;) {
+    bool settled = true;
+    const long error = ForEachThread(task_fd, [&](int tid, const char*) -> long {
+      const Slot* slot = Find(tid);
+      if (slot != nullptr && Load(&slot->acked) == state.window) return 0;
+      SleepingCall call{};
+      if (ReadSleepingCall(task_fd, tid, call)) {
+        visit(context, call);
+      } else if (slot == nullptr || !HasEnded(task_fd, tid)) {
+        settled = false;
+      }
+      return 0;
+    });
+    if (error < 0 || settled) return error >= 0;
+    if (raw::Now() > until) return false;
+    raw::Sleep(10'000);
+  }
 }
 
 void ResetAfterFork() {

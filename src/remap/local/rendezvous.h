@@ -29,9 +29,10 @@ inline constexpr uint32_t kMaxThreads = kThreadSlots / 2;
 // What glibc keeps to itself for setuid in all threads (SIGSETXID): no program can block it.
 inline constexpr int kDefaultFreezeSignal = 33;
 
-// Puts the handler in front of the one that is there. 0 or -errno; -EBUSY when another signal is in
-// use already. Nothing when it is installed.
+// Puts the handler in front of the one that is there, for good (one on its way may come late), and
+// makes this the signal that is sent. 0 or -errno.
 long InstallFreezeHandler(int signal);
+int FreezeSignal();
 
 // The thread that answers events takes no part in windows, nor does the one that opens a window:
 // both allocate nothing meanwhile. All other threads do, the remapper's own as well.
@@ -74,6 +75,10 @@ struct SleepingCall {
 // threads of the program, asleep or not.
 uint32_t ForEachSleeping(int task_fd, void (*visit)(void* context, const SleepingCall& call),
                          void* context);
+// After HoldReturns: until each thread has come or been visited asleep, within the limit. Whoever
+// sleeps then does not get past the handler.
+bool VisitUntilSettled(int task_fd, void (*visit)(void* context, const SleepingCall& call),
+                       void* context, int64_t limit_ns);
 
 void ResetAfterFork();
 

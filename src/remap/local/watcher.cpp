@@ -56,15 +56,18 @@ void AfterForkInChild() {
 Result<std::shared_ptr<Watcher>> Watcher::Get(int freeze_signal) {
   static const int registered = ::pthread_atfork(BeforeFork, AfterForkInParent, AfterForkInChild);
   if (registered != 0) return SystemError(registered, "pthread_atfork");
-  const std::lock_guard lock(current_mutex);
+  std::unique_lock lock(current_mutex);
   if (auto watcher = current.lock(); watcher && watcher->IsOfThisProcess()) {
-    const int wanted =
-        freeze_signal == 0 ? 0 : static_cast<int>(InstallFreezeHandler(freeze_signal));
-    if (wanted < 0) return UserError("another remapper uses another freeze_signal");
+    if (freeze_signal != 0 && freeze_signal != FreezeSignal()) {
+      return UserError("another remapper uses signal {} as its freeze signal", FreezeSignal());
+    }
     return watcher;
   }
   std::shared_ptr<Watcher> watcher(new Watcher);
-  UNMOOR_TRY(watcher->Begin(freeze_signal));
+  if (const auto begun = watcher->Begin(freeze_signal); !begun) {
+    lock.unlock();  // which its end takes
+    return Failure(begun.error());
+  }
   current = watcher;
   current_fds = watcher->descriptors_;
   return watcher;
@@ -89,7 +92,6 @@ Result<> Watcher::Begin(int freeze_signal) {
   });
   const long error =
       InstallFreezeHandler(freeze_signal == 0 ? kDefaultFreezeSignal : freeze_signal);
-  if (error == -EBUSY && freeze_signal == 0) return {};  // an earlier one's choice serves as well
   if (error < 0) return SystemError(static_cast<int>(-error), "cannot install the freeze signal");
   return {};
 }
@@ -161,8 +163,11 @@ void Watcher::NoteRefusal(const std::string& reason) {
 }
 
 std::string Watcher::Refusal() {
-  const std::lock_guard lock(current_mutex);
-  const auto watcher = current.lock();
+  std::shared_ptr<Watcher> watcher;
+  {
+    const std::lock_guard lock(current_mutex);
+    watcher = current.lock();
+  }
   if (!watcher || !watcher->IsOfThisProcess()) return {};
   const std::lock_guard inner(watcher->mutex_);
   return watcher->refusal_;

@@ -25,7 +25,14 @@ constexpr long kDontNeed = 4;                    // MADV_…
 constexpr uint32_t kMaxImages = 1024, kMaxMirrors = 4096, kMaxTracked = 1024;
 constexpr int kEventsAtOnce = 64;
 constexpr int64_t kDetachLimit = 20'000'000;
+constexpr int64_t kSettleLimit = 20'000'000;
 constexpr long kEstale = 116, kE2big = 7;
+
+struct KnownImage {
+  uint64_t device = 0, inode = 0;
+  int fd = -1;
+  uint32_t users = 0;
+};
 
 struct TrackedRange {
   uint64_t begin = 0, end = 0;  // end 0: free
@@ -41,10 +48,10 @@ struct State {
 };
 State state;
 
-const KnownImage* FindImage(uint64_t device, uint64_t inode) {
+KnownImage* FindImage(uint64_t device, uint64_t inode) {
   if (inode == 0) return nullptr;
   for (uint32_t i = 0; i < state.image_count; ++i) {
-    const KnownImage& image = state.images[i];
+    KnownImage& image = state.images[i];
     if (image.device == device && image.inode == inode) return &image;
   }
   return nullptr;
@@ -65,6 +72,20 @@ bool QueryVma(const Descriptors& fds, uint64_t at, kernel::ProcmapQuery& vma) {
 
 bool IsImage(const kernel::ProcmapQuery& vma) {
   return (vma.vma_flags & 8 /*shared*/) == 0 && FindImage(DeviceOf(vma), vma.inode) != nullptr;
+}
+
+// Whether our userfaultfd watches the page: a thread in a system call about it then waits for us.
+bool IsWatched(const Descriptors& fds, uint64_t page) {
+  Region region{};
+  kernel::PmScanArg scan{};
+  scan.size = sizeof(scan);
+  scan.start = page;
+  scan.end = page + kPage;
+  scan.vec = static_cast<uint64_t>(Address(&region));
+  scan.vec_len = 1;
+  scan.category_mask = kernel::kPageIsWpAllowed;
+  scan.return_mask = kernel::kPageIsWpAllowed;
+  return Call(__NR_ioctl, fds.pagemap, Word(kernel::kPagemapScan), Address(&scan)) == 1;
 }
 
 long Unregister(const Descriptors& fds, uint64_t begin, uint64_t end) {
@@ -212,12 +233,15 @@ long Recheck(const Descriptors& fds, const WindowPiece* pieces, const Part& part
   return 0;
 }
 
-// The mirror takes the part's place. On failure the part is watched as before.
+// The mirror takes the part's place. On failure the part is watched as before. Tracked memory
+// arrives read-only and gets its protection last, so that no write comes between swap and baseline.
 long SwapPart(const Descriptors& fds, const WindowPiece& piece, const Part& part) {
   const uint64_t mirror = piece.mirror + (part.begin - piece.begin);
   const uint64_t length = part.end - part.begin;
-  if (piece.protection != (kRead | kWrite)) {
-    const long error = Protect(mirror, mirror + length, piece.protection);
+  const bool tracked = IsTracked(part.begin, part.end);
+  const uint32_t arriving = tracked ? piece.protection & ~kWrite : piece.protection;
+  if (arriving != (kRead | kWrite)) {
+    const long error = Protect(mirror, mirror + length, arriving);
     if (error < 0) return error;
   }
   // Unregistered first: the swap would otherwise wait for somebody to read its event.
@@ -227,12 +251,11 @@ long SwapPart(const Descriptors& fds, const WindowPiece& piece, const Part& part
     Register(fds, part.begin, part.end);
     return moved;
   }
-  if (IsTracked(part.begin, part.end)) {
-    if (Register(fds, part.begin, part.end) < 0 || WriteProtect(fds, part.begin, part.end) < 0) {
-      NoteWritten(part.begin, part.end);  // unseen from here on: all of it counts as written
-    }
+  if (!tracked) return 0;
+  if (Register(fds, part.begin, part.end) < 0 || WriteProtect(fds, part.begin, part.end) < 0) {
+    NoteWritten(part.begin, part.end);  // unseen from here on: all of it counts as written
   }
-  return 0;
+  return Protect(part.begin, part.end, piece.protection);
 }
 
 WindowResult Outcome(long error, WindowResult result) {
@@ -360,7 +383,8 @@ void GiveBack(const Descriptors& fds, uint64_t begin, uint64_t end) {
     if (!QueryVma(fds, at, vma) || vma.vma_start >= end) break;
     const uint64_t from = vma.vma_start > at ? vma.vma_start : at;
     const uint64_t to = vma.vma_end < end ? vma.vma_end : end;
-    if (IsImage(vma)) MakeZero(fds, vma, from, to);
+    // What nobody watches is not ours: its owner may have returned and written there by now.
+    if (IsImage(vma) && IsWatched(fds, from)) MakeZero(fds, vma, from, to);
     at = vma.vma_end;
   }
   NoteWritten(begin, end);
@@ -479,7 +503,7 @@ WindowAttempt OpenServing(const Descriptors& fds, int64_t limit_ns) {
     if (raw::Readable(fds.uffd)) {
       Sleepers sleepers{};
       sleepers.fds = &fds;
-      ForEachSleeping(fds.tasks, LookAtSleeper, &sleepers);
+      VisitUntilSettled(fds.tasks, LookAtSleeper, &sleepers, kSettleLimit);
       AnswerEvents(fds, sleepers, true);
     }
     const int64_t left = until - raw::Now();
@@ -517,17 +541,25 @@ WindowResult SwapFrozenLocked(const Descriptors& fds, const WindowPiece* pieces,
 
 }  // namespace
 
-bool AddImage(const KnownImage& image) {
-  for (uint32_t i = 0; i < state.image_count; ++i) {
-    KnownImage& known = state.images[i];
-    if (known.device == image.device && known.inode == image.inode) {
-      if (image.fd >= 0) known.fd = image.fd;
-      return true;
-    }
+bool AddImage(uint64_t device, uint64_t inode) {
+  KnownImage* image = FindImage(device, inode);
+  if (image == nullptr) {
+    if (state.image_count == kMaxImages) return false;
+    image = &state.images[state.image_count++];
+    *image = {device, inode, -1, 0};
   }
-  if (state.image_count == kMaxImages) return false;
-  state.images[state.image_count++] = image;
+  ++image->users;
   return true;
+}
+
+void RemoveImage(uint64_t device, uint64_t inode) {
+  KnownImage* image = FindImage(device, inode);
+  if (image != nullptr && --image->users == 0) *image = state.images[--state.image_count];
+}
+
+void SetImageFile(uint64_t device, uint64_t inode, int fd) {
+  KnownImage* image = FindImage(device, inode);
+  if (image != nullptr && fd >= 0) image->fd = fd;
 }
 
 void ForgetImageFile(int fd) {
@@ -621,11 +653,14 @@ void ServeEvents(const Descriptors& fds) {
     Sleepers sleepers{};
     sleepers.fds = &fds;
     // What sleeps before our eyes is answered before its event is read. With more than one thread
-    // the event may be one's whose call we have not seen yet, so nobody returns from the kernel
-    // until all are answered.
+    // the event may be one's whose call we have not seen yet, so each is made to sleep or to come;
+    // and nobody returns from the kernel until all are answered.
     const uint32_t threads = ForEachSleeping(fds.tasks, LookAtSleeper, &sleepers);
     const bool known = threads == 1 && sleepers.giving_back == 1;
-    if (!known) HoldReturns(fds.tasks);
+    if (!known) {
+      HoldReturns(fds.tasks);
+      VisitUntilSettled(fds.tasks, LookAtSleeper, &sleepers, kSettleLimit);
+    }
     AnswerEvents(fds, sleepers, !known);
     if (!known) CloseWindow();
   }

@@ -30,13 +30,12 @@ struct Descriptors {
 
 // --- what is known, under Locks::address_space --------------------------------------------------
 
-// A page image that memory maps; `fd` may be -1.
-struct KnownImage {
-  uint64_t device = 0, inode = 0;
-  int fd = -1;
-};
-bool AddImage(const KnownImage& image);  // false: no room
-void ForgetImageFile(int fd);            // about to be closed
+// A page image that watched memory maps, counted. False: no room.
+bool AddImage(uint64_t device, uint64_t inode);
+void RemoveImage(uint64_t device, uint64_t inode);
+// How its file is read, until it is about to be closed.
+void SetImageFile(uint64_t device, uint64_t inode, int fd);
+void ForgetImageFile(int fd);
 
 // Where the pages of [begin, end), a mapping of the image, are staged; at the same distances.
 struct MirrorPlace {

@@ -1,0 +1,146 @@
+// The program's own SIGSEGV handlers, before and after ours, while kFault guards its memory.
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <thread>
+
+#include "fixture.h"
+
+namespace hazards {
+namespace {
+
+using unmoor::Guard;
+
+sigjmp_buf back;
+std::atomic<void*> fault_address{nullptr};
+std::atomic<int> faults{0};
+std::atomic<bool> on_alternate{false};
+std::atomic<bool> sees_mask{false};
+
+void OwnHandler(int signal, siginfo_t* info, void* context) {
+  ++faults;
+  fault_address = info->si_addr;
+  stack_t stack{};
+  ::sigaltstack(nullptr, &stack);
+  on_alternate = (stack.ss_flags & SS_ONSTACK) != 0;
+  sigset_t mask;
+  ::pthread_sigmask(SIG_SETMASK, nullptr, &mask);
+  sees_mask = sigismember(&mask, SIGUSR2) == 1 && sigismember(&mask, signal) == 1 &&
+              sigismember(&mask, SIGUSR1) == 0 && context != nullptr;
+  siglongjmp(back, 1);
+}
+
+void Install(int flags) {
+  struct sigaction action {};
+  action.sa_sigaction = OwnHandler;
+  action.sa_flags = SA_SIGINFO | flags;
+  sigaddset(&action.sa_mask, SIGUSR2);
+  ::sigaction(SIGSEGV, &action, nullptr);
+}
+
+// A fault of the program's own. True when its handler got it as it should.
+bool FaultOnPurpose(void* at, bool alternate) {
+  const int before = faults;
+  if (sigsetjmp(back, 1) == 0) *static_cast<volatile char*>(at) = 1;
+  return faults == before + 1 && fault_address == at && on_alternate == alternate && sees_mask;
+}
+
+class OwnHandlers : public Hazard {
+ protected:
+  void SetUp() override {
+    Hazard::SetUp();
+    MakeImage(8 * kMiB);
+  }
+
+  // In a child: own faults on a page of its own, and writes under the guard, while remapping.
+  bool FaultsAndWrites(const std::function<void()>& before, const std::function<void()>& during,
+                       bool alternate) {
+    void* own = ::mmap(nullptr, kPage, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    static char stack_memory[65536];
+    const stack_t stack{stack_memory, 0, sizeof(stack_memory)};
+    ::sigaltstack(&stack, nullptr);
+    before();
+    uint64_t caught = 0;
+    for (int round = 0; round < 20; ++round) {
+      Map();
+      std::atomic<bool> over{false};
+      std::thread writer([&] {
+        for (size_t i = 0; !over; i += kPage) memory()[i % size()] = 1;
+      });
+      auto remapper = Start(Guard::kFault, false);
+      during();
+      bool right = true;
+      while (remapper.Wait(std::chrono::nanoseconds(0)).code() == unmoor::StatusCode::kTimedOut) {
+        right = right && FaultOnPurpose(own, alternate);
+      }
+      right = right && FaultOnPurpose(own, alternate);
+      caught += remapper.progress().faults_caught;
+      over = true;
+      writer.join();
+      if (!right || !remapper.Wait(kLimit).ok()) return false;
+    }
+    return caught > 0;
+  }
+};
+
+TEST_F(OwnHandlers, InstalledBeforeGetTheirFaults) {
+  EXPECT_TRUE(InChild([&] { return FaultsAndWrites([] { Install(0); }, [] {}, false); }));
+}
+
+TEST_F(OwnHandlers, InstalledBeforeWithAnAlternateStackGetTheirFaultsThere) {
+  EXPECT_TRUE(InChild([&] { return FaultsAndWrites([] { Install(SA_ONSTACK); }, [] {}, true); }));
+}
+
+TEST_F(OwnHandlers, InstalledAfterOursGetTheirFaults) {
+  EXPECT_TRUE(InChild([&] {
+    return FaultsAndWrites([] { Install(SA_ONSTACK); }, [] { Install(SA_ONSTACK); }, true);
+  }));
+}
+
+struct sigaction replaced;
+
+// The usual way of chaining: what is not its own goes to the handler it replaced, which is ours.
+TEST_F(OwnHandlers, ThatCallTheOneTheyReplacedDoNotGoInCircles) {
+  EXPECT_TRUE(InChild([&] {
+    Install(0);
+    Map();
+    auto first = Start(Guard::kFault, false);
+    if (!first.Wait(kLimit).ok()) return false;
+    struct sigaction action {};
+    action.sa_sigaction = [](int signal, siginfo_t* info, void* context) {
+      if ((replaced.sa_flags & SA_SIGINFO) != 0) replaced.sa_sigaction(signal, info, context);
+    };
+    action.sa_flags = SA_SIGINFO;
+    sigaddset(&action.sa_mask, SIGUSR2);
+    Map();
+    auto second = Start(Guard::kFault, false);
+    second.Pause();
+    ::sigaction(SIGSEGV, &action, &replaced);
+    second.Resume();
+    if (!second.Wait(kLimit).ok()) return false;
+    void* own = ::mmap(nullptr, kPage, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return FaultOnPurpose(own, false) && FaultOnPurpose(own, false);
+  }));
+}
+
+// SA_RESETHAND: the first fault of its own, not one of the guard's, uses the handler up.
+TEST_F(OwnHandlers, MeantForOneFaultGetOne) {
+  const pid_t child = ::fork();
+  if (child == 0) {
+    ::alarm(60);
+    const bool right = FaultsAndWrites([] {}, [] { Install(SA_RESETHAND); }, false);
+    (void)right;
+    ::_exit(9);
+  }
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  // The second fault on purpose of the first round finds the default action.
+  EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV) << status;
+}
+
+}  // namespace
+}  // namespace hazards
