@@ -88,9 +88,9 @@ TEST_F(Memory, UnmappedStaysUnmappedAndMappedOverStays) {
 TEST_F(Memory, MovedKeepsItsBytesAndIsRemappedWhereItIs) {
   for (int round = 0; round < kRounds; ++round) {
     Map();
-    std::atomic<bool> over{false};
     char* away = static_cast<char*>(
         ::mmap(nullptr, 2 * kMiB, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    auto remapper = Start();
     std::thread mover([&] {
       ::usleep(static_cast<useconds_t>(round * 100));
       void* at =
@@ -100,7 +100,6 @@ TEST_F(Memory, MovedKeepsItsBytesAndIsRemappedWhereItIs) {
       EXPECT_EQ(errno, EFAULT);
       away = memory() + 4 * kMiB;
     });
-    auto remapper = Start();
     mover.join();
     EXPECT_TRUE(remapper.Wait(kLimit).ok()) << remapper.progress().reason;
     ExpectPattern(0, 4 * kMiB);
