@@ -75,6 +75,7 @@ class Round {
     state_.options = &options;
     state_.tally = &totals.tally;
     state_.direct_file = direct_file;
+    state_.crowded = writer_count_ > 8;
   }
 
   void Run() {

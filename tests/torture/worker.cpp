@@ -164,7 +164,11 @@ void Writer::Run() {
   ThisThread().thread = static_cast<int>(index_);
   PrepareSignals();
   while (!round_.begin.load()) usleep(100);
-  while (!round_.stop.load(std::memory_order_relaxed)) Operate();
+  while (!round_.stop.load(std::memory_order_relaxed)) {
+    Operate();
+    // Many writers leave some of the machine to the remapper.
+    if (round_.crowded && OneIn(random_, 16)) usleep(static_cast<useconds_t>(Below(random_, 3000)));
+  }
   ThisThread().what = "last sweep";
   Sweep();
   CheckSignalWord();
@@ -333,9 +337,9 @@ void Writer::Move() {
   uint64_t* at = target.chunk->At(target.page);
   const size_t size = target.count * kPage;
   if (mremap(at, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, spare_) == MAP_FAILED) {
-    // More than one mapping for the moment (guarantees.md): nothing has moved.
+    // More than one mapping for the moment (guarantees.md).
     Must(errno == EFAULT && target.count > 1, "mremap");
-    return;
+    return TakeBack(target);
   }
   for (size_t i = 0; i < target.count; ++i) {
     uint64_t* place = spare_ + i * pages::kWords;
@@ -344,16 +348,26 @@ void Writer::Move() {
   }
   if (mremap(spare_, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, at) == MAP_FAILED) {
     Must(errno == EFAULT && target.count > 1, "mremap back");
-    for (size_t i = 0; i < target.count; ++i) {
-      Must(mremap(spare_ + i * pages::kWords, kPage, kPage, MREMAP_MAYMOVE | MREMAP_FIXED,
-                  at + i * pages::kWords) != MAP_FAILED,
-           "mremap of one page back");
-    }
+    TakeBack(target);
   }
   for (size_t i = 0; i < target.count; ++i) {
     target.chunk->Check(target.page + i, "after mremap and back");
   }
   round_.tally->moved.fetch_add(1, std::memory_order_relaxed);
+}
+
+// After an mremap that failed: Linux 6.17 and later move some of several mappings and then fail.
+void Writer::TakeBack(const Target& target) {
+  for (size_t i = 0; i < target.count; ++i) {
+    uint64_t* at = target.chunk->At(target.page + i);
+    unsigned char present = 0;
+    if (mincore(at, kPage, &present) != 0) {
+      Must(
+          mremap(spare_ + i * pages::kWords, kPage, kPage, MREMAP_MAYMOVE | MREMAP_FIXED, at) == at,
+          "mremap of one page back");
+    }
+    target.chunk->Check(target.page + i, "after mremap failed");
+  }
 }
 
 // Unmapped, and mapped anew; nobody may have put anything there meanwhile.

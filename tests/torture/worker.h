@@ -33,6 +33,7 @@ struct RoundState {
   // Held for reading while memory is given back: only while a remapper stands by does that give
   // zeros on direct-mapped memory. The controller holds it for writing meanwhile.
   pthread_rwlock_t watched = PTHREAD_RWLOCK_INITIALIZER;
+  bool crowded = false;  // many more writers than cores
   int direct_file = -1;  // opened O_DIRECT; -1: not to be had
 };
 
@@ -69,6 +70,7 @@ class Writer {
   void Protect();
   void Deny();
   void Move();
+  void TakeBack(const Target& target);
   void Remap();
   void Cover();
   void Fork(bool raw);
