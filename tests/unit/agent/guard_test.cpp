@@ -84,7 +84,12 @@ class Subject {
       Expect(::pipe(pipe) == 0 && ::socketpair(AF_UNIX, SOCK_DGRAM, 0, pair) == 0, "sockets");
       uint64_t words[512];
       for (uint64_t round = 1; signals_.go == 0; ++round) {
-        const auto at = [&](uint64_t i) { return memory.At((round * 7 + i * 331) % kPages); };
+        // In user mode most of the time, where a window lets it run on, into the next call.
+        const auto at = [&](uint64_t i) {
+          for (volatile int work = 0; work < 100'000; work = work + 1) {
+          }
+          return memory.At((round * 7 + i * 331) % kPages);
+        };
         std::fill_n(words, 512, round);
         Expect(::write(pipe[1], words, sizeof(words)) == sizeof(words) &&
                    ::read(pipe[0], at(0), sizeof(words)) == sizeof(words) &&
@@ -256,8 +261,7 @@ TEST_F(GuardTest, SystemCallsThatWriteIntoAWindowSeeNoFault) {
   const PageImage image = MakePageImage(directory_, kPages);
   const Pid pid = StartSubject([&] {
     Subject subject(image, *signals_);
-    subject.AddWriters(1);
-    subject.AddSystemCalls(image);
+    for (int i = 0; i < 4; ++i) subject.AddSystemCalls(image);
     subject.AddLocking(image);
     subject.AddShortThreads(image);
     subject.RunToTheEnd();
