@@ -1,6 +1,8 @@
 // Checkpoint: the plan of the memory, held against the base, built. See unmoor/checkpoint.h.
 #include "unmoor/checkpoint.h"
 
+#include <algorithm>
+
 #include "library/image_build.h"
 #include "library/memory_plan.h"
 #include "library/page_image_impl.h"
@@ -27,6 +29,8 @@ StatusOr<Tracked> Ask(const DirtyTracker* tracker) {
     tracked.changed.push_back({begin, begin + Bytes(range.size)});
   }
   tracked.ranges = TrackedRanges(*tracker);
+  std::ranges::sort(tracked.ranges);
+  std::ranges::sort(tracked.changed);
   return tracked;
 }
 

@@ -73,12 +73,12 @@ Result<PlannedRange> PlanVma(const VmaInfo& vma, VaddrRange part, const OwnPages
                    vma.name.empty() ? "anonymous" : vma.name);
 }
 
-// The parts of `ranges` inside `range`.
+// The parts of `ranges`, which are ascending and apart, inside `range`.
 std::vector<VaddrRange> Inside(std::span<const VaddrRange> ranges, VaddrRange range) {
   std::vector<VaddrRange> inside;
-  for (const VaddrRange& r : ranges) {
-    if (r.Overlaps(range)) inside.push_back(r.Intersect(range));
-  }
+  auto r = std::ranges::partition_point(
+      ranges, [&](const VaddrRange& other) { return other.end <= range.begin; });
+  for (; r != ranges.end() && r->begin < range.end; ++r) inside.push_back(r->Intersect(range));
   return inside;
 }
 
@@ -134,8 +134,10 @@ std::vector<VaddrRange> LookAt(const PlannedRange& planned, const PageImage::Imp
   for (const VaddrRange& range : by_tracker.Inside(planned.range)) {
     for (const VaddrRange& written : Inside(changed, range)) look_at.Insert(written);
   }
-  for (const VaddrRange& range : by_tracker.Outside(planned.range)) {
-    const RangeSet differ = MayDiffer(planned, base, pages, own_pages);
+  const std::vector<VaddrRange> untracked = by_tracker.Outside(planned.range);
+  if (untracked.empty()) return look_at.Inside(planned.range);
+  const RangeSet differ = MayDiffer(planned, base, pages, own_pages);
+  for (const VaddrRange& range : untracked) {
     for (const VaddrRange& part : differ.Inside(range)) look_at.Insert(part);
   }
   return look_at.Inside(planned.range);

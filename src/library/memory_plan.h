@@ -37,7 +37,8 @@ struct PlannedRange {
 // Sorts; an error (kUser) when two overlap.
 [[nodiscard]] Result<> SortRanges(std::vector<PlannedRange>& ranges);
 
-// `tracked`: ranges in which exactly the pages of `changed` may differ from the base.
+// `tracked`: ranges in which exactly the pages of `changed` may differ from the base. Both
+// ascending and apart.
 [[nodiscard]] Result<std::vector<PlannedRange>> RelateToBase(std::vector<PlannedRange> ranges,
                                                              const PageImage::Impl& base,
                                                              std::span<const VaddrRange> tracked,

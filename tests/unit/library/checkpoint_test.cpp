@@ -119,6 +119,23 @@ TEST(Checkpoint, RangesThatGrewMovedShrankOrChangedProtection) {
   EXPECT_EQ(image->ranges()[2].size, 4 * kPageSize);
 }
 
+TEST(Checkpoint, ADeltaCopiedIntoReadOnlyMemoryLeavesItReadOnly) {
+  const TemporaryDirectory dir;
+  Memory memory(100);
+  memory.Fill(0, 100);
+  ASSERT_STATUS_OK(Checkpoint(Ranges{memory.range()}, dir / "1"));
+  memory.page(35)[0] ^= 1;
+  ::mprotect(memory.page(30), 20 * kPageSize, PROT_READ);
+  ASSERT_STATUS_OK(CheckpointOver(dir / "1", {memory.range()}, dir / "2"));
+  const auto expected = memory.Copy();
+  const MemoryRange range = memory.range();
+  memory.Unmap();
+  const auto map = DirectMap::Map(*PageImage::Open(dir / "2"));
+  ASSERT_STATUS_OK(map);
+  EXPECT_EQ(ProtectionsOf(range), "rw-p r--p rw-p");
+  EXPECT_EQ(BytesAt(range), expected);
+}
+
 TEST(Checkpoint, LayersAreCopiedToAnotherFileSystem) {
   const TemporaryDirectory dir;
   const TemporaryDirectory other;

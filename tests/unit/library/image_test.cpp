@@ -1,6 +1,7 @@
 // Images of memory: written, opened, mapped; and every kind of bad input.
 #include <fcntl.h>
 #include <sys/mount.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <xxhash.h>
@@ -371,6 +372,34 @@ TEST(BadInput, AnOccupiedAddressIsNamedAndNothingIsMapped) {
   EXPECT_EQ(ProtectionsOf(free_range), "");
   EXPECT_EQ(high.Copy(), there);
   EXPECT_TRUE(DirectMap::Map(*image, {.placement = Placement::kAnywhere}).ok());
+}
+
+TEST(BadInput, NoRoomForAddressesIsNamedAndNothingIsMapped) {
+  const TemporaryDirectory dir;
+  constexpr uint64_t kAt = 0x2'0000'0000;
+  auto writer = PageImageWriter::Create(dir / "1");
+  ASSERT_STATUS_OK(writer);
+  const auto zeros = [](uint64_t, void* pages, size_t size) {
+    std::memset(pages, 0, size);
+    return Status();
+  };
+  ASSERT_STATUS_OK(writer->Add(kAt, kPageSize, PROT_READ, zeros));
+  ASSERT_STATUS_OK(writer->Add(kAt + 0x10000000, uint64_t{256} << 20, PROT_READ, zeros));
+  ASSERT_STATUS_OK(writer->Publish());
+  const auto image = PageImage::Open(dir / "1");
+  ASSERT_STATUS_OK(image);
+  uint64_t used = 0;
+  const auto maps = ReadMaps(OwnPid()).value();
+  for (const VmaInfo& vma : maps) used += vma.range.size().value;
+  rlimit before{};
+  ASSERT_EQ(::getrlimit(RLIMIT_AS, &before), 0);
+  const rlimit small{used + (64 << 20), before.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_AS, &small), 0);
+  const auto map = DirectMap::Map(*image);
+  ASSERT_EQ(::setrlimit(RLIMIT_AS, &before), 0);
+  EXPECT_CODE(StatusCode::kNoMemory, map);
+  EXPECT_EQ(ProtectionsOf({reinterpret_cast<void*>(kAt), kPageSize}), "");
+  EXPECT_TRUE(DirectMap::Map(*image).ok());
 }
 
 TEST(BadInput, AFullFileSystemLeavesNothing) {
