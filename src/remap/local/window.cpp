@@ -397,6 +397,18 @@ struct Sleepers {
     uint64_t begin, end;
   } kept[16] = {};  // left mapped by an mremap that moved their pages away
   uint32_t kept_count = 0;
+  struct {
+    uint64_t begin, length;
+  } grown[16] = {};  // made longer by an mremap
+  uint32_t grown_count = 0;
+
+  // What the mapping that was [from, from + length) and begins at `to` now ends at.
+  [[nodiscard]] uint64_t NewEnd(uint64_t from, uint64_t to, uint64_t length) const {
+    for (uint32_t i = 0; i < grown_count; ++i) {
+      if (grown[i].begin == from) return to + grown[i].length;
+    }
+    return to + length;
+  }
 };
 
 void LookAtSleeper(void* context, const SleepingCall& call) {
@@ -412,18 +424,23 @@ void LookAtSleeper(void* context, const SleepingCall& call) {
   if (call.number == __NR_mremap && (call.args[3] & kDontUnmap) != 0 && sleepers.kept_count < 16) {
     sleepers.kept[sleepers.kept_count++] = {begin, end};
   }
+  if (call.number == __NR_mremap && call.args[2] > call.args[1] && sleepers.grown_count < 16) {
+    sleepers.grown[sleepers.grown_count++] = {begin, (call.args[2] + kPage - 1) / kPage * kPage};
+  }
 }
 
 // A VMA that grew while it moved shows what follows in its file: a hole, but where it had been
-// shortened before.
-void ZeroGrowth(const Descriptors& fds, uint64_t old_end) {
+// shortened before. How much it grew only its mover knows: the VMA may be longer than that for
+// having joined its neighbours.
+void ZeroGrowth(const Descriptors& fds, uint64_t old_end, uint64_t new_end) {
   kernel::ProcmapQuery vma;
-  if (!QueryVma(fds, old_end, vma) || vma.vma_start >= old_end) return;
+  if (new_end <= old_end || !QueryVma(fds, old_end, vma) || vma.vma_start >= old_end) return;
   const KnownImage* image = FindImage(DeviceOf(vma), vma.inode);
   if (image == nullptr || image->fd < 0) return;
   constexpr long kSeekData = 3, kSeekHole = 4;
   static const char zeros[1 << 16] = {};
-  const uint64_t last = vma.vma_offset + (vma.vma_end - vma.vma_start);
+  const uint64_t reach = vma.vma_end < new_end ? vma.vma_end : new_end;
+  const uint64_t last = vma.vma_offset + (reach - vma.vma_start);
   for (uint64_t at = vma.vma_offset + (old_end - vma.vma_start); at < last;) {
     const long data = Call(__NR_lseek, image->fd, Word(at), kSeekData);
     if (data < 0 || static_cast<uint64_t>(data) >= last) return;
@@ -462,7 +479,9 @@ void AnswerEvents(const Descriptors& fds, const Sleepers& sleepers, bool held) {
   struct {
     uint64_t begin, end;
   } unmapped[kEventsAtOnce];
-  uint64_t grown[kEventsAtOnce];
+  struct {
+    uint64_t old_end, new_end;
+  } grown[kEventsAtOnce];
   uint32_t unmapped_count = 0, grown_count = 0;
   for (int i = 0; i < kEventsAtOnce; ++i) {
     uffd_msg message{};
@@ -476,13 +495,15 @@ void AnswerEvents(const Descriptors& fds, const Sleepers& sleepers, bool held) {
       const uint64_t length = message.arg.remap.len;
       NoteWritten(from, from + length);
       NoteWritten(to, to + length);
-      grown[grown_count++] = to + length;
+      grown[grown_count++] = {to + length, sleepers.NewEnd(from, to, length)};
       for (uint32_t k = 0; k < sleepers.kept_count; ++k) {
         if (sleepers.kept[k].begin == from) GiveBack(fds, from, from + length);
       }
     }
   }
-  for (uint32_t i = 0; i < grown_count; ++i) ZeroGrowth(fds, grown[i]);
+  for (uint32_t i = 0; i < grown_count; ++i) {
+    ZeroGrowth(fds, grown[i].old_end, grown[i].new_end);
+  }
   for (uint32_t i = 0; i < unmapped_count; ++i) {
     NoteWritten(unmapped[i].begin, unmapped[i].end);
     kernel::ProcmapQuery below;
