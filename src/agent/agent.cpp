@@ -37,7 +37,7 @@ Result<std::optional<RemapReport>> FollowAgent(
     UNMOOR_ASSIGN(const ProcessStatus status, QueryStatus(pid));
     if (progress && status.progress) progress(*status.progress);
     if (status.status == Status::kNever) return MachineError("{}", status.reason);
-    if (status.status == Status::kReady && !status.agent) {
+    if (status.status == Status::kReady) {
       return std::optional(status.progress.value_or(RemapReport{}));
     }
     if (status.agent) seen = MonotonicNow();

@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "agent/agent.h"
+#include "agent/inject.h"
 #include "agent/page_image.h"
 #include "agent/progress_file.h"
 #include "os/file.h"
@@ -37,6 +38,12 @@ std::string LaterReason(const ProcessStatus& status, const std::optional<Progres
       static_cast<double>(status.direct_mapped_data.value) / progress->report.copy_rate;
   return fmt::format("{} to go, about {}", left,
                      HumanTime(Nanos(static_cast<int64_t>(seconds * 1e9))));
+}
+
+bool IsAnythingLeft(Pid pid) {
+  const auto leftovers = FindLeftovers(pid);
+  const auto helpers = FindHelpers(pid);
+  return (leftovers && !leftovers->empty()) || (helpers && !helpers->empty());
 }
 
 }  // namespace
@@ -83,6 +90,9 @@ Result<ProcessStatus> QueryStatus(Pid pid) {
   } else if (status.agent) {
     status.status = Status::kLater;
     status.reason = "the agent is leaving the program";
+  } else if (progress && !progress->finished && IsAnythingLeft(pid)) {
+    status.status = Status::kLater;
+    status.reason = "its agent died and left traces in it; run `unmoor remap` to remove them";
   }
   return status;
 }

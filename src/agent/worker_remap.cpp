@@ -405,6 +405,7 @@ void Worker::AddSwap(OpList& ops, const Piece& piece) const {
 // mremap for us to read the event of what it unmapped. All threads of the program are stopped then,
 // so the event is the helper's; before and after, one belongs to a thread of the program and stays.
 Result<helper::Reply> Worker::RunSwaps(const OpList& ops) {
+  const Urgent urgent;
   return link_.RunReading(ops, uffd_.get(), [&]() -> Result<> {
     if (!SleepsInCall(link_.helper().pid, SYS_mremap)) {
       SleepFor(Nanos(10'000));

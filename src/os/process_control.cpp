@@ -142,6 +142,16 @@ Pid ParentPid() {
   return Pid{::getppid()};
 }
 
+Urgent::Urgent() {
+  const sched_param parameter{1};
+  (void)::sched_setscheduler(0, SCHED_FIFO, &parameter);
+}
+
+Urgent::~Urgent() {
+  const sched_param parameter{0};
+  (void)::sched_setscheduler(0, SCHED_OTHER, &parameter);
+}
+
 Nanos MonotonicNow() {
   timespec now{};
   ::clock_gettime(CLOCK_MONOTONIC, &now);

@@ -43,6 +43,15 @@ void KillDescendants();
 
 [[nodiscard]] Pid OwnPid();
 [[nodiscard]] Pid ParentPid();
+// While it lives the calling thread goes before all ordinary ones (SCHED_FIFO). Without the right
+// (CAP_SYS_NICE) it changes nothing.
+class Urgent {
+ public:
+  Urgent();
+  Urgent(const Urgent&) = delete;
+  Urgent& operator=(const Urgent&) = delete;
+  ~Urgent();
+};
 [[nodiscard]] uint32_t OwnUid();  // effective
 // Process group of `pid` (0: our own).
 [[nodiscard]] int ProcessGroup(Pid pid);

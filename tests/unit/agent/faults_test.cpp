@@ -38,9 +38,29 @@ class FaultsTest : public AgentTest {
     return pid;
   }
 
-  // Killed together, so that the supervisor starts no worker that knows nothing of this program.
-  void KillAgents() {
-    for (const Pid pid : FindProcesses("unmoor-agent")) (void)SendSignal(pid, SIGKILL);
+  // Killed together, so that the supervisor starts no worker that knows nothing of this program; and
+  // not while a thread of the program executes a system call for one of them: that is the one
+  // moment in which -9 harms the program (docs/guarantees.md).
+  void KillAgents(Pid program) { KillUnlessBorrowing(program, FindProcesses("unmoor-agent")); }
+
+  static void KillUnlessBorrowing(Pid program, const std::vector<Pid>& agents) {
+    const auto is_agent = [&](Pid pid) { return std::ranges::find(agents, pid) != agents.end(); };
+    for (bool borrowing = true; borrowing;) {
+      for (const Pid agent : agents) {
+        (void)SendSignal(agent, SIGSTOP);
+        EXPECT_TRUE(WaitUntil([&] {
+          const auto process = ReadProcess(agent);
+          return !process || process->state == 'T' || process->state == 'Z';
+        }));
+      }
+      const auto threads = ReadThreads(program);
+      borrowing = threads && std::ranges::any_of(*threads, [&](Pid thread) {
+        const auto process = ReadProcess(thread);
+        return process && is_agent(process->tracer);
+      });
+      for (const Pid agent : agents) (void)SendSignal(agent, borrowing ? SIGCONT : SIGKILL);
+      if (borrowing) SleepFor(Nanos(200'000));
+    }
   }
 
   void ExpectCompletes(Pid pid) {
@@ -87,8 +107,10 @@ TEST_F(FaultsTest, AKilledHelperOrWorkerIsReplacedAndTheRemapCompletes) {
     for (const Pid worker : Workers()) (void)SendSignal(worker, SIGUSR1);  // remap now
     WaitForMoment(random);
     const bool helper = round % 2 == 0;
-    for (const Pid victim : helper ? FindProcesses("unmoor-helper") : Workers()) {
-      (void)SendSignal(victim, SIGKILL);
+    if (helper) {
+      for (const Pid victim : FindProcesses("unmoor-helper")) (void)SendSignal(victim, SIGKILL);
+    } else {
+      KillUnlessBorrowing(pid, Workers());
     }
     ExpectCompletes(pid);
     EXPECT_TRUE(WaitUntil([&] { return FindProcesses("unmoor-agent").empty(); }));
@@ -136,9 +158,9 @@ TEST_F(FaultsTest, WithEverythingKilledTheNextRemapCompletes) {
     AwaitReady(1);
     const Pid command = StartRemap(pid, {});
     WaitForMoment(random);
-    KillAgents();
+    KillAgents(pid);
     for (const Pid helper : FindProcesses("unmoor-helper")) (void)SendSignal(helper, SIGKILL);
-    KillAgents();
+    KillAgents(pid);
     AwaitEnd(command);
     EXPECT_TRUE(WaitUntil([&] { return FindProcesses("unmoor-agent").empty(); }));
     ExpectCompletes(pid);
