@@ -74,7 +74,7 @@ TEST_F(Threads, StacksAndThreadLocalStorageAreRemappedUnderTheirThreads) {
       EXPECT_EQ(::pthread_join(thread, nullptr), 0);
       EXPECT_FALSE(state.failed);
     };
-    DuringRemap(kRounds, body, guard, guard == Guard::kFreeze);
+    DuringRemap(3 * kRounds, body, guard, guard == Guard::kFreeze);
   }
 }
 
