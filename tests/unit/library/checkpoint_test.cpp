@@ -164,7 +164,7 @@ TEST(Checkpoint, ATrackerNeedsABase) {
 // from the last image; the earlier image is deleted each time.
 TEST(Checkpoint, ChainsOfDeltasStayExact) {
   constexpr size_t kPages = 1200;
-  constexpr uint64_t kAddress = 0x2'1234'5000;
+  constexpr uint64_t kAddress = kTestAddresses + 0x2'1234'5000;
   for (const uint64_t seed : {1u, 2u, 3u}) {
     std::mt19937_64 random(seed);
     const TemporaryDirectory dir;

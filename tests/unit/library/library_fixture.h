@@ -52,10 +52,19 @@ class TemporaryDirectory {
   std::string path_;
 };
 
-// Anonymous memory at a fixed address, far from what else there is.
+// Where tests map at addresses of their choice: far from what else there is, and where the address
+// sanitizer lets a program map.
+#ifdef __SANITIZE_ADDRESS__
+inline constexpr uint64_t kTestAddresses = 0x5000'0000'0000;
+#else
+inline constexpr uint64_t kTestAddresses = 0;
+#endif
+
+// Anonymous memory at a fixed address.
 class Memory {
  public:
-  explicit Memory(size_t pages, uint64_t address = 0x2'1234'5000) : size_(pages * kPageSize) {
+  explicit Memory(size_t pages, uint64_t address = kTestAddresses + 0x2'1234'5000)
+      : size_(pages * kPageSize) {
     void* const at = reinterpret_cast<void*>(address);
     data_ = static_cast<uint8_t*>(::mmap(at, size_, PROT_READ | PROT_WRITE,
                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0));

@@ -156,7 +156,7 @@ TEST(Together, WritersLoseNothingFromImageToImage) {
   constexpr size_t kPages = 8192;
   constexpr int kThreads = 3;
   const TemporaryDirectory dir;
-  Memory memory(kPages, 0x2'0000'0000);
+  Memory memory(kPages, kTestAddresses + 0x2'0000'0000);
   const MemoryRange range = memory.range();
   memory.Fill(0, kPages);
   std::memset(range.begin, 0, 64 * kPageSize);
