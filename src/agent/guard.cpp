@@ -23,7 +23,8 @@ bool Guard::Ready(Pid pid, const HelperLink& link) {
   auto injected = stop.Stop(kStopTogether, {});
   if (injected) injected = InjectWatch(pid, link.helper(), stop.threads());
   ready_ = injected.has_value();
-  if (!ready_) spdlog::debug("no watch inside process {}: {}", pid.value, injected.error().message());
+  if (!ready_)
+    spdlog::debug("no watch inside process {}: {}", pid.value, injected.error().message());
   return ready_;
 }
 

@@ -332,8 +332,7 @@ long Freeze(Data& data, const uint64_t (&a)[7], int64_t& began) {
   const bool guarded = a[4] != 0 && data.held == 0 && data.thread_count == 0;
   Hurry(true);
   began = Now();
-  const long late =
-      StopThreads(data, Word(a[0]), static_cast<int64_t>(a[1]), a[2] != 0, guarded);
+  const long late = StopThreads(data, Word(a[0]), static_cast<int64_t>(a[1]), a[2] != 0, guarded);
   if (late < 0) return late;
   return late > 0 || (uffd >= 0 && Readable(uffd, 0)) ? -kEbusy : 0;
 }
@@ -434,8 +433,7 @@ bool GuardFaultPends(const Data& data, int tid) {
     int32_t count;
   } which = {0, 0, 8};
   uint64_t infos[8][16] = {};
-  const long found =
-      Syscall(__NR_ptrace, PTRACE_PEEKSIGINFO, tid, Address(&which), Address(infos));
+  const long found = Syscall(__NR_ptrace, PTRACE_PEEKSIGINFO, tid, Address(&which), Address(infos));
   for (long i = 0; i < found; ++i) {
     if (IsGuardFault(data, infos[i])) return true;
   }
@@ -563,8 +561,8 @@ long SetDeadline(Data& data, uint64_t nanoseconds) {
       int32_t notify;
       int32_t padding[12];
     } event = {0, 9 /*SIGKILL*/, 0 /*SIGEV_SIGNAL*/, {}};
-    const long error = Syscall(__NR_timer_create, 1 /*CLOCK_MONOTONIC*/, Address(&event),
-                               Address(&data.timer));
+    const long error =
+        Syscall(__NR_timer_create, 1 /*CLOCK_MONOTONIC*/, Address(&event), Address(&data.timer));
     if (error < 0) return error;
   }
   const uint64_t time[4] = {0, 0, nanoseconds / 1'000'000'000, nanoseconds % 1'000'000'000};
@@ -941,8 +939,7 @@ void Heal(Data& data) {
 
 // Traces the helper until it asks to be let go, or ends. False: it ended.
 bool WatchHelper(Data& data) {
-  const long error =
-      Syscall(__NR_ptrace, PTRACE_SEIZE, data.helper_tid, 0, PTRACE_O_TRACEEXIT);
+  const long error = Syscall(__NR_ptrace, PTRACE_SEIZE, data.helper_tid, 0, PTRACE_O_TRACEEXIT);
   FutexSet(&data.watch_state, error < 0 ? kWatchRefused : kWatchArmed);
   if (error < 0) return true;
   for (;;) {

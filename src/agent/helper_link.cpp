@@ -50,10 +50,9 @@ OpList& OpList::Pread(int fd, Vaddr dst, Bytes length, FileOffset offset) {
              {static_cast<uint64_t>(fd), dst.value, length.value, offset.value, 0, 0, 0});
 }
 OpList& OpList::Freeze(int task_directory, Nanos limit, bool nested, int uffd, bool guarded) {
-  return Add(OpKind::kFreeze,
-             {static_cast<uint64_t>(task_directory), static_cast<uint64_t>(limit.value),
-              nested ? uint64_t{1} : 0, static_cast<uint64_t>(uffd), guarded ? uint64_t{1} : 0, 0,
-              0});
+  return Add(OpKind::kFreeze, {static_cast<uint64_t>(task_directory),
+                               static_cast<uint64_t>(limit.value), nested ? uint64_t{1} : 0,
+                               static_cast<uint64_t>(uffd), guarded ? uint64_t{1} : 0, 0, 0});
 }
 OpList& OpList::CheckVma(int maps, VaddrRange range, int prot, uint64_t inode, uint64_t offset,
                          uint32_t dev_major, uint32_t dev_minor) {
@@ -62,8 +61,9 @@ OpList& OpList::CheckVma(int maps, VaddrRange range, int prot, uint64_t inode, u
               static_cast<uint64_t>(prot), inode, offset, uint64_t{dev_major} << 32 | dev_minor});
 }
 OpList& OpList::Recheck(int pagemap, VaddrRange range, Vaddr mirror, PageCount limit, bool all) {
-  return Add(OpKind::kRecheck, {static_cast<uint64_t>(pagemap), range.begin.value, range.end.value,
-                                mirror.value - range.begin.value, limit.value, all ? uint64_t{1} : 0, 0});
+  return Add(OpKind::kRecheck,
+             {static_cast<uint64_t>(pagemap), range.begin.value, range.end.value,
+              mirror.value - range.begin.value, limit.value, all ? uint64_t{1} : 0, 0});
 }
 OpList& OpList::Hold(int task_directory, Nanos limit, bool nested) {
   return Add(OpKind::kHold,
@@ -140,7 +140,8 @@ Result<Reply> HelperLink::RunReading(const OpList& list, int fd,
   UNMOOR_TRY(SendOps(list.ops(), -1));
   const Nanos began = MonotonicNow();
   while (MonotonicNow() - began < kStopPatience) {
-    UNMOOR_ASSIGN(const std::vector<int> ready, WaitAnyReadable({socket_.get(), fd}, kStopPatience));
+    UNMOOR_ASSIGN(const std::vector<int> ready,
+                  WaitAnyReadable({socket_.get(), fd}, kStopPatience));
     if (std::ranges::find(ready, socket_.get()) != ready.end()) return ReceiveReply();
     if (!ready.empty()) UNMOOR_TRY(on_readable());
   }

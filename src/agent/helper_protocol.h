@@ -10,10 +10,11 @@
 //
 // A window may be guarded (kGuard): between recheck and swap its pieces are read-only, and threads
 // that were stopped in user mode run on until they write to one or make a system call. The helper
-// is their tracer and holds them there. Should it be killed then, the *watch* gives the pieces their
-// protection back before the kernel releases anybody: a thread of ours among the program's, the
-// only kind of executor that no kill -9 of ours ends. It traces the helper with PTRACE_O_TRACEEXIT,
-// so a killed helper stops with everything it traces still held until the watch lets it die.
+// is their tracer and holds them there. Should it be killed then, the *watch* gives the pieces
+// their protection back before the kernel releases anybody: a thread of ours among the program's,
+// the only kind of executor that no kill -9 of ours ends. It traces the helper with
+// PTRACE_O_TRACEEXIT, so a killed helper stops with everything it traces still held until the watch
+// lets it die.
 //
 //   watch:  kIdle → (kRequestArm) → kArmed → (helper's int3, kRequestRelease) → kIdle
 //                                       ↘ (helper killed) → kHealing → it ends
@@ -31,15 +32,15 @@ inline constexpr char kMagic[16] = "UNMOOR-HELPER";  // at the start of the code
 inline constexpr uint32_t kProtocolVersion = 2;
 
 enum class OpKind : uint32_t {
-  kSyscall,   // args: number, a0 … a5. Result >= 0 or it fails.
-  kIoctl,     // args: fd, request, five words of argument. EAGAIN with progress is continued.
-  kMove,      // args: staging uffd, dst, src, length. UFFDIO_MOVE, else UFFDIO_COPY.
-  kCopy,      // args: dst, src, length. A fault makes it fail with EFAULT.
-  kPread,     // args: fd, dst, length, file offset. Short reads fail with ENODATA.
-  kFreeze,    // args: task directory fd, time limit in ns, nested, uffd, guarded. Fails with EBUSY
-              // when a thread does not stop in time or an event of the uffd is waiting to be read.
-              // nested: the names in the directory are of an outer PID namespace. guarded: threads in
-              // user mode run on as soon as their system calls are held.
+  kSyscall,  // args: number, a0 … a5. Result >= 0 or it fails.
+  kIoctl,    // args: fd, request, five words of argument. EAGAIN with progress is continued.
+  kMove,     // args: staging uffd, dst, src, length. UFFDIO_MOVE, else UFFDIO_COPY.
+  kCopy,     // args: dst, src, length. A fault makes it fail with EFAULT.
+  kPread,    // args: fd, dst, length, file offset. Short reads fail with ENODATA.
+  kFreeze,   // args: task directory fd, time limit in ns, nested, uffd, guarded. Fails with EBUSY
+             // when a thread does not stop in time or an event of the uffd is waiting to be read.
+            // nested: the names in the directory are of an outer PID namespace. guarded: threads in
+            // user mode run on as soon as their system calls are held.
   kCheckVma,  // args: maps fd, begin, end, prot, inode, offset, major << 32 | minor. One VMA.
   kRecheck,   // args: pagemap fd, begin, end, mirror - original, page limit, all. Copies what was
               // written since the baseline (all: every page of the program's own, since the page
@@ -47,11 +48,11 @@ enum class OpKind : uint32_t {
   kHold,  // args: task directory fd, time limit in ns, nested. As kFreeze, but stays in force after
           // the list until a Thaw; its result is the number of threads not stopped yet.
   kThaw,  // no args.
-  kDeadline,  // args: ns. The helper ends by itself if it has not answered by then: it may be
-              // waiting for a worker that is dead or stopped, with the program's threads stopped.
+  kDeadline,    // args: ns. The helper ends by itself if it has not answered by then: it may be
+                // waiting for a worker that is dead or stopped, with the program's threads stopped.
   kGuardPiece,  // args: begin, length, prot. Before kFreeze: what kGuard is to protect.
-  kGuard,  // args: task directory fd, time limit in ns. Makes the pieces read-only; where that would
-           // not be safe all threads are stopped instead, as without.
+  kGuard,       // args: task directory fd, time limit in ns. Makes the pieces read-only; where that
+           // would not be safe all threads are stopped instead, as without.
 };
 
 inline constexpr uint32_t kOpMayFail = 1;  // its failure does not stop the list
@@ -98,8 +99,18 @@ struct GuardedPiece {
   uint64_t prot;  // what it has unguarded
 };
 
-enum WatchRequest : uint32_t { kRequestNone = 0, kRequestArm = 1, kRequestRelease = 2, kRequestLeave = 3 };
-enum WatchState : uint32_t { kWatchIdle = 0, kWatchArmed = 1, kWatchRefused = 2, kWatchHealing = 3 };
+enum WatchRequest : uint32_t {
+  kRequestNone = 0,
+  kRequestArm = 1,
+  kRequestRelease = 2,
+  kRequestLeave = 3
+};
+enum WatchState : uint32_t {
+  kWatchIdle = 0,
+  kWatchArmed = 1,
+  kWatchRefused = 2,
+  kWatchHealing = 3
+};
 
 // The helper's writable memory, at a fixed distance behind its code. The worker reads `state`,
 // `owned` and `helper_tid` from outside; `owned` is written by the worker before it has the range
@@ -122,8 +133,8 @@ struct Data {
     int32_t resumed;  // runs on, its system calls and signals held
   } threads[kMaxThreads];
   uint32_t thread_count;
-  uint32_t held;  // between kHold and kThaw
-  int32_t timer;  // of kDeadline
+  uint32_t held;         // between kHold and kThaw
+  int32_t timer;         // of kDeadline
   uint32_t timer_state;  // 0 not made yet, 1 off, 2 running
   struct {
     uint64_t start;
@@ -134,12 +145,12 @@ struct Data {
 
   GuardedPiece guards[kMaxGuards];
   uint32_t guard_count;
-  uint32_t guard_active;    // some piece may be read-only, or a thread may still trip over that
-  int32_t watch_thread;     // its id as the program sees it; the kernel clears it at its end
-  uint32_t watch_request;   // WatchRequest, a futex
-  uint32_t watch_state;     // WatchState, a futex
-  int32_t helper_alive;     // the kernel clears it at the helper's end
-  uint64_t segv_action[4];  // the program's own, while the watch stands in for it
+  uint32_t guard_active;      // some piece may be read-only, or a thread may still trip over that
+  int32_t watch_thread;       // its id as the program sees it; the kernel clears it at its end
+  uint32_t watch_request;     // WatchRequest, a futex
+  uint32_t watch_state;       // WatchState, a futex
+  int32_t helper_alive;       // the kernel clears it at the helper's end
+  uint64_t segv_action[4];    // the program's own, while the watch stands in for it
   uint64_t ran[kMaxThreads];  // how long each thread had run when the helper ended
   char watch_name[16];        // as the task directory lists it
 };

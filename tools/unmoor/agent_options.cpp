@@ -12,8 +12,10 @@ void AddAgentOptions(CLI::App& app, AgentArguments& arguments) {
   app.add_option("--thp", arguments.thp,
                  "auto: huge pages where whole ones are in use; never: small pages only")
       ->option_text("auto|never");
-  app.add_option("--guard", arguments.guard, "freeze: all threads stand still while a batch is swapped; fault: only those that write\n"
-                 "to it or make a system call")
+  app.add_option(
+         "--guard", arguments.guard,
+         "freeze: all threads stand still while a batch is swapped; fault: only those that write\n"
+         "to it or make a system call")
       ->option_text("freeze|fault");
 }
 

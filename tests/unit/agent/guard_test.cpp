@@ -86,8 +86,7 @@ class Subject {
       for (uint64_t round = 1; signals_.go == 0; ++round) {
         // In user mode most of the time, where a window lets it run on, into the next call.
         const auto at = [&](uint64_t i) {
-          for (volatile int work = 0; work < 100'000; work = work + 1) {
-          }
+          for (int work = 0; work < 100'000; ++work) asm volatile("" ::: "memory");
           return memory.At((round * 7 + i * 331) % kPages);
         };
         std::fill_n(words, 512, round);
@@ -331,9 +330,8 @@ class GuardKillTest : public GuardTest, public testing::WithParamInterface<Victi
         continue;
       }
       const Vaddr data = regions[0].region + Bytes(helper::kCodeSize);
-      const auto read =
-          ReadMemory(pid, data + Bytes(offsetof(helper::Data, guard_active)),
-                     std::as_writable_bytes(std::span(&active, 1)));
+      const auto read = ReadMemory(pid, data + Bytes(offsetof(helper::Data, guard_active)),
+                                   std::as_writable_bytes(std::span(&active, 1)));
       if (!read) regions.clear();
       if (active != 0) return true;
     }
