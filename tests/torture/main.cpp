@@ -89,6 +89,14 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace torture
 
+#if defined(__SANITIZE_THREAD__)
+// Forked children end by _exit with threads that only their parent has.
+extern "C" const char* __tsan_default_options();
+extern "C" const char* __tsan_default_options() {
+  return "die_after_fork=0:report_thread_leaks=0";
+}
+#endif
+
 int main(int argc, char** argv) {
   return torture::Main(argc, argv);
 }
