@@ -7,21 +7,21 @@
 
 #include <span>
 
-#include "agent/helper_link.h"
+#include "agent/inject.h"
 #include "base/units.h"
+#include "os/ptrace.h"
 
 namespace unmoor {
 
 class Guard {
  public:
-  // Puts the watch into the program, once; stops all its threads for that. False: not now (it is
-  // tried again, a bounded number of times), or not in this program.
-  [[nodiscard]] bool Ready(Pid pid, const HelperLink& link);
+  // Puts the watch beside a helper just injected; `stopped` are all threads of the program.
+  void Begin(Pid pid, const HelperProcess& helper, std::span<StoppedThread> stopped);
+  [[nodiscard]] bool ready() const { return ready_; }
 
   uint64_t windows = 0;  // swapped with threads running on
 
  private:
-  int attempts_ = 0;
   bool ready_ = false;
 };
 

@@ -130,6 +130,7 @@ Result<> Worker::InjectStopped() {
   UNMOOR_ASSIGN(const HelperProcess helper, InjectHelper(pid_, stop_.threads()));
   known_children_.insert(helper.pid.value);
   UNMOOR_ASSIGN(link_, HelperLink::Connect(pid_, helper));
+  if (options_.guard == GuardPolicy::kFault) guard_.Begin(pid_, helper, stop_.threads());
   OpList keep_out_of_children;
   AddAdvice(keep_out_of_children, {helper.region, helper.region + Bytes(helper::kRegionSize)},
             MADV_DONTFORK);

@@ -447,7 +447,7 @@ bool Worker::AddGuards(OpList& ops, std::span<const Piece> pieces) {
   for (const Piece& piece : pieces) {
     if (dropped_.SizeWithin(piece.range).value > 0) return false;
   }
-  if (!guard_.Ready(pid_, link_)) return false;
+  if (!guard_.ready()) return false;
   for (const Piece& piece : pieces) {
     const int prot = areas_[piece.area].area.prot;
     if ((prot & PROT_WRITE) != 0) ops.GuardPiece(piece.range, prot);
