@@ -641,12 +641,26 @@ bool IsTracked(uint64_t begin, uint64_t end) {
   return false;
 }
 
+namespace {
+
+// While others wait for us nobody may keep us from a core. Where the process may not do this
+// (CAP_SYS_NICE) it has no effect.
+void Hurry(bool on) {
+  constexpr long kOther = 0, kFifo = 1;
+  const int priority = on ? 1 : 0;
+  Call(__NR_sched_setscheduler, 0, on ? kFifo : kOther, Address(&priority));
+}
+
+}  // namespace
+
 WindowResult SwapFrozen(const Descriptors& fds, const WindowPiece* pieces, uint32_t count,
                         uint64_t dirty_limit, int64_t stop_limit_ns, WindowRoom& room) {
   locks.window.Acquire();
   locks.address_space.Acquire();
+  Hurry(true);
   const WindowResult result =
       SwapFrozenLocked(fds, pieces, count, dirty_limit, stop_limit_ns, room);
+  Hurry(false);
   locks.address_space.Release();
   locks.window.Release();
   return result;
@@ -657,12 +671,14 @@ WindowResult SwapGuarded(const Descriptors& fds, const WindowPiece& piece, uint6
   locks.window.Acquire();
   locks.address_space.Acquire();
   WindowResult result;
+  Hurry(true);
   if ((piece.protection & kWrite) == 0 || !MayGuard(fds, piece)) {
     constexpr int64_t kStopLimit = 2'000'000;
     result = SwapFrozenLocked(fds, &piece, 1, dirty_limit, kStopLimit, room);
   } else {
     result = SwapGuardedLocked(fds, piece, dirty_limit, room);
   }
+  Hurry(false);
   locks.address_space.Release();
   locks.window.Release();
   return result;
