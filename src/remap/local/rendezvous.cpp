@@ -485,6 +485,9 @@ bool VisitUntilSettled(int task_fd, void (*visit)(void* context, const SleepingC
   const int64_t until = raw::Now() + limit_ns;
   for (;;) {
     bool settled = true;
+    // One born since the last look must not get past the handler either.
+    Look look;
+    if (LookAndPost(task_fd, state.window, raw::Now(), false, look) < 0) return false;
     const long error = ForEachThread(task_fd, [&](int tid, const char*) -> long {
       const Slot* slot = Find(tid);
       if (slot != nullptr && Load(&slot->acked) == state.window) return 0;

@@ -25,7 +25,7 @@ constexpr long kDontNeed = 4;                    // MADV_…
 constexpr uint32_t kMaxImages = 1024, kMaxMirrors = 4096, kMaxTracked = 1024;
 constexpr int kEventsAtOnce = 64;
 constexpr int64_t kDetachLimit = 20'000'000;
-constexpr int64_t kSettleLimit = 20'000'000;
+constexpr int64_t kSettleLimit = 1'000'000'000;
 constexpr long kEstale = 116, kE2big = 7;
 
 struct KnownImage {
