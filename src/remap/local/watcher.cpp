@@ -17,6 +17,7 @@
 #include "os/userfaultfd.h"
 #include "remap/local/fault_guard.h"
 #include "remap/local/rendezvous.h"
+#include "remap/local/window.h"
 
 namespace unmoor::local {
 namespace {
@@ -116,8 +117,16 @@ bool Watcher::IsOfThisProcess() const {
   return owner_ == OwnPid().value;
 }
 
+// Not while a range is being moved over: a window takes the range's registration away first, lest it
+// wait for an event of its own.
 Result<> Watcher::Watch(VaddrRange range) {
-  return UffdRegister(uffd_.get(), range, UffdMode::kWriteProtect);
+  locks.address_space.Acquire();
+  const long error = WatchMemory(uffd_.get(), range.begin.value, range.end.value);
+  locks.address_space.Release();
+  if (error < 0) {
+    return SystemError(static_cast<int>(-error), fmt::format("cannot watch {}", range));
+  }
+  return {};
 }
 
 void Watcher::Unwatch(VaddrRange range) {

@@ -94,10 +94,7 @@ long Unregister(const Descriptors& fds, uint64_t begin, uint64_t end) {
 }
 
 long Register(const Descriptors& fds, uint64_t begin, uint64_t end) {
-  uffdio_register range{};
-  range.range = {begin, end - begin};
-  range.mode = UFFDIO_REGISTER_MODE_WP;
-  return Call(__NR_ioctl, fds.uffd, Word(UFFDIO_REGISTER), Address(&range));
+  return WatchMemory(fds.uffd, begin, end);
 }
 
 long WriteProtect(const Descriptors& fds, uint64_t begin, uint64_t end) {
@@ -561,6 +558,13 @@ WindowResult SwapFrozenLocked(const Descriptors& fds, const WindowPiece* pieces,
 }
 
 }  // namespace
+
+long WatchMemory(int uffd, uint64_t begin, uint64_t end) {
+  uffdio_register range{};
+  range.range = {begin, end - begin};
+  range.mode = UFFDIO_REGISTER_MODE_WP;
+  return Call(__NR_ioctl, uffd, Word(UFFDIO_REGISTER), Address(&range));
+}
 
 bool AddImage(uint64_t device, uint64_t inode) {
   KnownImage* image = FindImage(device, inode);

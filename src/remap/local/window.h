@@ -55,6 +55,11 @@ void RemoveTracked(uint64_t begin);
 void NoteWritten(uint64_t begin, uint64_t end);
 bool IsTracked(uint64_t begin, uint64_t end);
 
+// Puts [begin, end) under the userfaultfd. Negative: an error number. Under Locks::address_space:
+// between a window's taking a range out and moving over it, nobody may put it back, or the mover
+// waits for an event of its own.
+long WatchMemory(int uffd, uint64_t begin, uint64_t end);
+
 // --- windows ------------------------------------------------------------------------------------
 
 struct WindowPiece {
