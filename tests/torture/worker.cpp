@@ -333,7 +333,13 @@ void Writer::Deny() {
 // Out of the arena and back.
 void Writer::Move() {
   const Target target = Pick(loud_, OneIn(random_, 2) ? 1 : kSparePages);
-  if (target.chunk == nullptr) return;
+  // What is out of its place while the remapper starts is not watched (docs/library-engine.md).
+  if (target.chunk == nullptr || pthread_rwlock_tryrdlock(&round_.watched) != 0) return;
+  MoveAndBack(target);
+  pthread_rwlock_unlock(&round_.watched);
+}
+
+void Writer::MoveAndBack(const Target& target) {
   uint64_t* at = target.chunk->At(target.page);
   const size_t size = target.count * kPage;
   if (mremap(at, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, spare_) == MAP_FAILED) {

@@ -70,6 +70,7 @@ class Writer {
   void Protect();
   void Deny();
   void Move();
+  void MoveAndBack(const Target& target);
   void TakeBack(const Target& target);
   void Remap();
   void Cover();

@@ -8,7 +8,9 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstdlib>
+#include <thread>
 
 #include "base/fault_point.h"
 #include "image/layout.h"
@@ -25,7 +27,9 @@ namespace {
 
 constexpr size_t kSpareMaps = 64;  // what the remap may need for itself
 constexpr Nanos kPinCheckInterval(50'000'000);
-constexpr Nanos kPatience(4'000'000'000);  // for threads that do not come to rest
+constexpr Nanos kPatience(8'000'000'000);  // for threads that do not come to rest
+constexpr int64_t kLongestStop = 250'000'000;  // ns; of one window in vain
+constexpr int64_t kRestAfterVain = 3;          // times as long as the window took
 constexpr int kPlanAttempts = 1000;
 constexpr size_t kRefusalsOfAnArea = 64;
 constexpr Bytes kHotChunk(uint64_t{32} << 20);
@@ -676,10 +680,11 @@ Result<SwapOutcome> LocalCarrier::Swap(std::span<const Piece> pieces, PageCount 
   // Three quarters of the pause for the threads to come, the rest for recheck and swap. A machine
   // under load may not get every thread onto a core that soon; rather than never finishing, the
   // time grows.
-  const int64_t patience = int64_t{1} << std::min(busy_in_a_row_ / 2, 7);
+  const int64_t stop_limit =
+      std::min(kLongestStop, (options_.max_pause.value * 3 / 4) << std::min(busy_in_a_row_ / 2, 12));
   const WindowResult result = SwapFrozen(
       share_->watcher().fds(), frozen_pieces_.data(), static_cast<uint32_t>(frozen_pieces_.size()),
-      dirty_limit.value, options_.max_pause.value * 3 / 4 * patience, *room_);
+      dirty_limit.value, std::max(stop_limit, options_.max_pause.value * 3 / 4), *room_);
   auto outcome = Conclude(result);
   if (outcome && result.skipped && outcome->result == SwapResult::kSwapped) {
     for (const WindowPiece& piece : frozen_pieces_) {
@@ -728,8 +733,10 @@ Result<SwapOutcome> LocalCarrier::Conclude(const WindowResult& result) {
       break;
   }
   if (busy_in_a_row_++ == 0) busy_since_ = MonotonicNow();
+  // A window in vain stops the program as a good one does; it shall run for most of the time.
+  std::this_thread::sleep_for(std::chrono::nanoseconds(kRestAfterVain * result.pause_ns));
   if (MonotonicNow() - busy_since_ > kPatience) {
-    busy_in_a_row_ = 0;
+    busy_since_ = MonotonicNow();  // the patience stays
     return Errno(EBUSY, fmt::format("thread {} does not come to rest: it sleeps in the kernel, or "
                                     "has the freeze signal blocked",
                                     result.late_thread));

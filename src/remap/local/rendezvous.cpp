@@ -468,16 +468,22 @@ bool AnyThreadBlocks(int task_fd, int signal) {
   return blocked || error < 0;
 }
 
-uint32_t ForEachSleeping(int task_fd, void (*visit)(void* context, const SleepingCall& call),
-                         void* context) {
+uint32_t CountThreads(int task_fd) {
   uint32_t threads = 0;
-  ForEachThread(task_fd, [&](int tid, const char*) -> long {
+  ForEachThread(task_fd, [&](int, const char*) -> long {
     ++threads;
+    return 0;
+  });
+  return threads;
+}
+
+void ForEachSleeping(int task_fd, void (*visit)(void* context, const SleepingCall& call),
+                     void* context) {
+  ForEachThread(task_fd, [&](int tid, const char*) -> long {
     SleepingCall call{};
     if (ReadSleepingCall(task_fd, tid, call)) visit(context, call);
     return 0;
   });
-  return threads;
 }
 
 bool VisitUntilSettled(int task_fd, void (*visit)(void* context, const SleepingCall& call),

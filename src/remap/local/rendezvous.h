@@ -71,10 +71,12 @@ struct SleepingCall {
   uint64_t number;
   uint64_t args[6];
 };
-// Calls `visit` for each thread of the program that sleeps in a system call. Returns the number of
-// threads of the program, asleep or not.
-uint32_t ForEachSleeping(int task_fd, void (*visit)(void* context, const SleepingCall& call),
-                         void* context);
+// Of the program, asleep or not.
+uint32_t CountThreads(int task_fd);
+// Calls `visit` for each thread of the program that sleeps in a system call. What it waits for there
+// may as well be a lock: unless it is the only thread, it can be back before `visit` is.
+void ForEachSleeping(int task_fd, void (*visit)(void* context, const SleepingCall& call),
+                     void* context);
 // After HoldReturns: until each thread has come or been visited asleep, within the limit. Whoever
 // sleeps then does not get past the handler.
 bool VisitUntilSettled(int task_fd, void (*visit)(void* context, const SleepingCall& call),

@@ -693,11 +693,13 @@ void ServeEvents(const Descriptors& fds) {
   if (raw::Readable(fds.uffd)) {  // not answered by a window meanwhile
     Sleepers sleepers{};
     sleepers.fds = &fds;
-    // What sleeps before our eyes is answered before its event is read. With more than one thread
-    // the event may be one's whose call we have not seen yet, so each is made to sleep or to come;
-    // and nobody returns from the kernel until all are answered.
-    const uint32_t threads = ForEachSleeping(fds.tasks, LookAtSleeper, &sleepers);
-    const bool known = threads == 1 && sleepers.giving_back == 1;
+    // What sleeps before our eyes is answered before its event is read. A single thread sleeps for
+    // that. With more the event may be one's whose call we have not seen yet, and one that sleeps may
+    // wait for another's lock, wake, and be back at its memory before we have answered: so first each
+    // is sent a signal, and nobody returns from the kernel until all are answered.
+    const bool alone = CountThreads(fds.tasks) == 1;
+    if (alone) ForEachSleeping(fds.tasks, LookAtSleeper, &sleepers);
+    const bool known = alone && sleepers.giving_back == 1;
     if (!known) {
       HoldReturns(fds.tasks);
       VisitUntilSettled(fds.tasks, LookAtSleeper, &sleepers, kSettleLimit);
