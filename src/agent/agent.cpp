@@ -78,7 +78,7 @@ Result<RemapReport> RemapProcess(Pid pid, const AgentOptions& options,
     UNMOOR_ASSIGN(const auto report, FollowAgent(pid, progress));
     if (report) return *report;
   }
-  UNMOOR_ASSIGN(const SupervisorHandle supervisor, StartSupervisor({{pid, false, false}}, options));
+  UNMOOR_ASSIGN(SupervisorHandle supervisor, StartSupervisor({{pid, false, false}}, options));
   const int socket = supervisor.socket.get();
   for (;;) {
     UNMOOR_ASSIGN(const auto ready, WaitAnyReadable({socket}, Nanos(100'000'000)));
@@ -88,8 +88,10 @@ Result<RemapReport> RemapProcess(Pid pid, const AgentOptions& options,
     }
     UNMOOR_ASSIGN(const auto message, NextMessage(socket));
     if (!message) return MachineError("the agent ended without a word");
+    if (message->pid != pid.value) continue;
     if (message->kind == AgentMessage::Kind::kFailed) {
-      // Perhaps an agent was there already, just replacing its worker.
+      // Perhaps an agent was there already, just replacing its worker. From ours nothing more comes.
+      supervisor.socket.Reset();
       const auto now = QueryStatus(pid);
       if (now && now->agent) {
         UNMOOR_ASSIGN(const auto report, FollowAgent(pid, progress));
@@ -100,7 +102,7 @@ Result<RemapReport> RemapProcess(Pid pid, const AgentOptions& options,
     if (message->kind == AgentMessage::Kind::kProblem) {
       return MachineError("{}; the agent stays and tries again", message->text);
     }
-    if (message->kind == AgentMessage::Kind::kFinished && message->pid == pid.value) {
+    if (message->kind == AgentMessage::Kind::kFinished) {
       if (progress) progress(message->report);
       return message->report;
     }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
+#include <deque>
 #include <list>
 
 #include "agent/progress_file.h"
@@ -20,6 +21,8 @@ namespace {
 constexpr int kRestarts = 8;
 constexpr Nanos kFirstMoments(20'000'000);
 constexpr Nanos kRetry(5'000'000'000);
+constexpr Nanos kLookAgain(20'000'000);
+constexpr Nanos kLastWords(5'000'000'000);
 
 AgentMessage MakeMessage(AgentMessage::Kind kind, Pid pid, std::string_view text = {}) {
   AgentMessage message;
@@ -161,7 +164,8 @@ class Supervisor {
     while (!children_.empty()) {
       std::vector<int> fds = {command_.get()};
       for (const Child& child : children_) fds.push_back(child.socket.get());
-      const auto ready = WaitAnyReadable(fds, Nanos(-1));
+      const bool idle = untold_.empty() && ended_.empty();
+      const auto ready = WaitAnyReadable(fds, idle ? Nanos(-1) : kLookAgain);
       if (!ready) return;
       for (const int fd : *ready) {
         if (fd == command_.get()) {
@@ -171,6 +175,14 @@ class Supervisor {
         }
       }
       children_.remove_if([](const Child& child) { return !child.socket.valid(); });
+      std::erase_if(ended_, [](Pid worker) { return ReapChild(worker).has_value(); });
+      TellUntold();
+    }
+    // Nobody waits for us any more.
+    const Nanos began = MonotonicNow();
+    while (!untold_.empty() && MonotonicNow() - began < kLastWords) {
+      SleepFor(kLookAgain);
+      TellUntold();
     }
   }
 
@@ -240,11 +252,24 @@ class Supervisor {
       case Kind::kResume:
         return;
     }
-    if (command_.valid()) (void)PostMessage(command_.get(), **message);
+    // What becomes of the program's children concerns no command.
+    if (it->task.forked || !command_.valid()) return;
+    untold_.push_back(**message);
+    TellUntold();
+  }
+
+  // Never waits: a command that does not read (it may be stopped, or busy) would make the threads of
+  // the program wait, whose events end only when we let go of their userfaultfd.
+  void TellUntold() {
+    while (!untold_.empty()) {
+      const auto told = TryPostMessage(command_.get(), untold_.front());
+      if (told && !*told) return;
+      untold_.pop_front();
+    }
   }
 
   void OnWorkerEnd(Child& child) {
-    (void)ReapChild(child.worker);
+    ended_.push_back(child.worker);  // its socket closes some moments before it can be reaped
     child.socket.Reset();
     if (child.done) return;
     if (++child.restarts > kRestarts) {
@@ -261,6 +286,8 @@ class Supervisor {
 
   AgentOptions options_;
   Fd command_;
+  std::deque<AgentMessage> untold_;  // to the command
+  std::vector<Pid> ended_;           // workers, not reaped yet
   std::list<Child> children_;
 };
 
@@ -279,6 +306,10 @@ Result<std::optional<AgentMessage>> NextMessage(int socket, Fd* passed) {
 
 Result<> PostMessage(int socket, const AgentMessage& message, int fd) {
   return SendMessage(socket, std::as_bytes(std::span(&message, 1)), fd, "the agent");
+}
+
+Result<bool> TryPostMessage(int socket, const AgentMessage& message) {
+  return TrySendMessage(socket, std::as_bytes(std::span(&message, 1)), "the agent");
 }
 
 Result<SupervisorHandle> StartSupervisor(const std::vector<SupervisorTask>& tasks,

@@ -35,8 +35,9 @@ struct SupervisorTask {
   bool stay_stopped = false;
 };
 
-// Forks the supervisor; returns our end of its socket and its pid. It sends on every message of
-// every worker but kForked, and ends after the last worker.
+// Forks the supervisor; returns our end of its socket and its pid. It sends on every message of the
+// workers for `tasks`, none of those for their children, and never waits for them to be read; it
+// ends after the last worker.
 struct SupervisorHandle {
   Fd socket;
   Pid pid;
@@ -47,5 +48,7 @@ struct SupervisorHandle {
 // The next message; nothing when the supervisor is gone.
 [[nodiscard]] Result<std::optional<AgentMessage>> NextMessage(int socket, Fd* passed = nullptr);
 [[nodiscard]] Result<> PostMessage(int socket, const AgentMessage& message, int fd = -1);
+// Without waiting: false when the other side has to read first.
+[[nodiscard]] Result<bool> TryPostMessage(int socket, const AgentMessage& message);
 
 }  // namespace unmoor

@@ -75,6 +75,18 @@ Result<> SendMessage(int fd, std::span<const std::byte> data, int passed_fd,
   return {};
 }
 
+Result<bool> TrySendMessage(int fd, std::span<const std::byte> data, const std::string& name) {
+  ssize_t n = 0;
+  do {
+    n = ::send(fd, data.data(), data.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+  } while (n < 0 && errno == EINTR);
+  if (n < 0 && errno == EAGAIN) return false;
+  if (n != static_cast<ssize_t>(data.size())) {
+    return SystemError(n < 0 ? errno : EIO, fmt::format("cannot send to {}", name));
+  }
+  return true;
+}
+
 Result<ReceivedMessage> ReceiveMessage(int fd, std::span<std::byte> data, const std::string& name) {
   iovec iov{data.data(), data.size()};
   alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
