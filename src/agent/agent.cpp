@@ -90,7 +90,8 @@ Result<RemapReport> RemapProcess(Pid pid, const AgentOptions& options,
     if (!message) return MachineError("the agent ended without a word");
     if (message->pid != pid.value) continue;
     if (message->kind == AgentMessage::Kind::kFailed) {
-      // Perhaps an agent was there already, just replacing its worker. From ours nothing more comes.
+      // Perhaps an agent was there already, just replacing its worker. From ours nothing more
+      // comes.
       supervisor.socket.Reset();
       const auto now = QueryStatus(pid);
       if (now && now->agent) {

@@ -258,8 +258,8 @@ class Supervisor {
     TellUntold();
   }
 
-  // Never waits: a command that does not read (it may be stopped, or busy) would make the threads of
-  // the program wait, whose events end only when we let go of their userfaultfd.
+  // Never waits: a command that does not read (it may be stopped, or busy) would make the threads
+  // of the program wait, whose events end only when we let go of their userfaultfd.
   void TellUntold() {
     while (!untold_.empty()) {
       const auto told = TryPostMessage(command_.get(), untold_.front());
@@ -315,8 +315,11 @@ Result<bool> TryPostMessage(int socket, const AgentMessage& message) {
 Result<SupervisorHandle> StartSupervisor(const std::vector<SupervisorTask>& tasks,
                                          const AgentOptions& options) {
   UNMOOR_ASSIGN(StreamPair pair, CreateMessagePair());
-  UNMOOR_ASSIGN(const std::optional<Pid> daemon,
-                ForkDaemon(pair.theirs.get(), options.log_file, "unmoor-agent"));
+  UNMOOR_ASSIGN(
+      const std::optional<Pid> daemon,
+      ForkDaemon(pair.theirs.get(),
+                 std::getenv("DBGLOG") ? std::getenv("DBGLOG") : options.log_file, "unmoor-agent"));
+  if (std::getenv("DBGLOG")) InitLogging(2);  // XXDBG
   if (daemon) {
     pair.theirs.Reset();
     return SupervisorHandle{std::move(pair.ours), *daemon};

@@ -102,7 +102,7 @@ Result<bool> Worker::DrainOldEvents() {
   if (!event) return false;
   if (event->kind == UffdEvent::Kind::kRemove) given_back_.push_back(event->range);
   bool changed = false;
-  NoteEvent(*event, changed);
+  NoteEvent(*event, calls, changed);
   return true;
 }
 
@@ -284,7 +284,7 @@ Result<> Worker::Watch(Nanos limit, const std::function<bool()>& stop) {
   for (int i = 1;
        !program_ended() && !stop() && (limit.value < 0 || MonotonicNow() - began < limit); ++i) {
     if (i % kExecCheckEvery == 0 && LeftAddressSpace()) return {};
-    UNMOOR_TRY(WaitReadable(uffd_.get(), Nanos(20'000'000)));
+    Pause(Nanos(20'000'000));
     stop_.Release();
     const auto handled = HandleEvents();
     if (!handled && program_ended()) return {};
@@ -312,8 +312,7 @@ RemapReport Worker::report() const {
 
 void Worker::SaveProgress(const std::string& problem) {
   last_saved_ = MonotonicNow();
-  const ProgressFile progress{pid_,  start_time_, OwnPid(), supervisor_,
-                              false, problem,     report()};
+  const ProgressFile progress{pid_, start_time_, OwnPid(), supervisor_, false, problem, report()};
   if (const auto saved = WriteProgress(progress); !saved) {
     spdlog::debug("{}", saved.error().message());
   }

@@ -67,6 +67,7 @@ class Worker final : public Carrier {
   void Pause(Nanos time) override;
 
  private:
+  static constexpr Nanos kFirstHold{2'000'000};
   struct Mirror {
     Area area;
     Vaddr base;  // of area.range.begin
@@ -80,7 +81,7 @@ class Worker final : public Carrier {
 
   struct HeldEvents {
     std::vector<VaddrRange> given_back;
-    std::vector<Vaddr> cut;    // where a munmap may have shortened a VMA
+    std::vector<Vaddr> cut;         // where a munmap may have shortened a VMA
     std::vector<VaddrRange> grown;  // what moved VMAs gained while they moved
   };
 
@@ -117,19 +118,22 @@ class Worker final : public Carrier {
   [[nodiscard]] bool AddGuards(OpList& ops, std::span<const Piece> pieces);
 
   [[nodiscard]] Result<> HandleEventsStopped(bool& changed);
+  // Whether the program has run for long enough since it was held.
+  [[nodiscard]] bool MayHold() const;
   [[nodiscard]] Result<> HoldProgram(bool& changed);
   [[nodiscard]] Result<> ReleaseProgram();
   [[nodiscard]] Result<> DropWhatIsGivenBack(const ThreadCalls& calls);
   [[nodiscard]] Result<SwapOutcome> SwapInWindow(std::span<const Piece> pieces,
                                                  PageCount dirty_limit);
-  void NoteEvent(UffdEvent& event, bool& changed);
+  void NoteEvent(UffdEvent& event, const ThreadCalls& calls, bool& changed);
   [[nodiscard]] bool MayCopyGivenBack(VaddrRange range) const;
   [[nodiscard]] Result<> Drop(VaddrRange range);
   [[nodiscard]] Result<> ZeroGrowth(VaddrRange grown);
   [[nodiscard]] Result<> ConvertShortened(Vaddr end);
   [[nodiscard]] Result<> ConvertHeld(size_t area);
   [[nodiscard]] Result<> DropImagePart(VaddrRange part, int prot);
-  void FindForkedChild(Fd uffd);
+  void FindForkedChild(Fd uffd, const ThreadCalls& calls);
+  [[nodiscard]] bool IsForked(Pid child) const;
   [[nodiscard]] bool IsKnownImage(const VmaInfo& vma) const;
   [[nodiscard]] Result<> CheckNoPinnedMemory();
   void SaveProgress(const std::string& problem);
@@ -168,6 +172,8 @@ class Worker final : public Carrier {
   std::set<int> known_children_;
   bool stale_ = false;
   int busy_in_a_row_ = 0;
+  Nanos hold_limit_ = kFirstHold;
+  Nanos next_hold_;
   RemapCounts counts_;
   Nanos last_saved_;
   Nanos next_pin_check_;

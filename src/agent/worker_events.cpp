@@ -32,12 +32,15 @@ namespace {
 
 constexpr Bytes kConvertAtOnce(uint64_t{32} << 20);
 constexpr Bytes kHeapReach(uint64_t{1} << 40);
-constexpr Nanos kHoldLimit(100'000'000);
+// How long all threads may be held for the sake of one that does not stop (kFirstHold to begin
+// with), and how many times that long the program then runs before it is held again.
+constexpr Nanos kLongestHold(100'000'000);
+constexpr int64_t kRunsAfterHold = 3;
 constexpr int kEventsAtOnce = 16;
 constexpr int kBlindLooks = 20;
 
-// Its thread waits for the event to be read: one that still waits for the address space's lock would
-// go by the range while it is not registered, and find the image.
+// Its thread waits for the event to be read: one that still waits for the address space's lock
+// would go by the range while it is not registered, and find the image.
 bool GivesMemoryBack(const BlockedCall& call) {
   constexpr uint64_t kDontNeed = 4, kFree = 8, kDontNeedLocked = 24;
   return call.waits_for_event && call.number == SYS_madvise &&
@@ -73,10 +76,11 @@ bool Forks(const BlockedCall& call) {
 
 Result<bool> Worker::HandleEvents() {
   bool changed = std::exchange(stale_, false);
+  if (changed) spdlog::debug("XXDBG stale");
   // Bounded: threads that give memory back without pause always have the next event ready.
   for (int i = 0; i < kEventsAtOnce; ++i) {
     UNMOOR_ASSIGN(const bool waiting, WaitReadable(uffd_.get(), Nanos(0)));
-    if (!waiting) return changed;
+    if (!waiting || !MayHold()) return changed;
     UNMOOR_ASSIGN(const ThreadCalls calls, ReadThreadCalls(pid_));
     // Before an event is read its thread still sleeps inside its system call, so what it asked for
     // can be made true first: killing us at any point leaves either the old state and the thread
@@ -95,15 +99,22 @@ Result<bool> Worker::HandleEvents() {
     if (!known) {
       const auto handled = HandleEventsStopped(changed);
       // A thread in a long vfork or disk transfer: the events wait, the other threads go on.
-      if (!handled && handled.error().errnum() == EAGAIN) return changed;
+      if (!handled && handled.error().errnum() == EAGAIN) {
+        spdlog::debug("XXDBG does not stop; changed {}", changed);
+        return changed;
+      }
       UNMOOR_TRY(handled);
       continue;
     }
     UNMOOR_TRY(KnowChildren());
     UNMOOR_ASSIGN(auto event, ReadUffdEvent(uffd_.get()));
-    if (event) NoteEvent(*event, changed);
+    if (event) NoteEvent(*event, calls, changed);
   }
   return changed;
+}
+
+bool Worker::MayHold() const {
+  return MonotonicNow() >= next_hold_;
 }
 
 Result<> Worker::HandleEventsStopped(bool& changed) {
@@ -117,11 +128,22 @@ Result<> Worker::HandleEventsStopped(bool& changed) {
 // release.
 Result<> Worker::HoldProgram(bool& changed) {
   HeldEvents events;
+  const Nanos began = MonotonicNow();
   const auto stopped = StopAndRead(events, changed);
   // Whatever went wrong, what the events said happens before anybody runs.
   for (const VaddrRange range : events.given_back) UNMOOR_TRY(Drop(range));
   for (const VaddrRange range : events.grown) UNMOOR_TRY(ZeroGrowth(range));
   for (const Vaddr end : events.cut) UNMOOR_TRY(ConvertShortened(end));
+  // Whoever makes events without pause must not make the program stand still.
+  const Nanos now = MonotonicNow();
+  const Nanos held = now - began;
+  if (stopped) {
+    hold_limit_ = kFirstHold;
+    if (held > options_.max_pause) next_hold_ = now + held;
+  } else {
+    hold_limit_ = std::min(Nanos(hold_limit_.value * 2), kLongestHold);
+    next_hold_ = now + Nanos(held.value * kRunsAfterHold);
+  }
   return stopped;
 }
 
@@ -133,7 +155,7 @@ Result<> Worker::StopAndRead(HeldEvents& events, bool& changed) {
     UNMOOR_ASSIGN(const int64_t late, link_.Must(hold, "cannot stop the program's threads"));
     if (late == 0) return {};
     UNMOOR_ASSIGN(const bool waiting, WaitReadable(uffd_.get(), Nanos(0)));
-    if (!waiting && MonotonicNow() - began > kHoldLimit) {
+    if (!waiting && MonotonicNow() - began > hold_limit_) {
       return Failure(Error(ErrorKind::kMachine, EAGAIN,
                            fmt::format("a thread of process {} does not stop", pid_.value)));
     }
@@ -154,7 +176,7 @@ Result<> Worker::StopAndRead(HeldEvents& events, bool& changed) {
     if (event->kind == UffdEvent::Kind::kRemap) {
       events.grown.push_back(GrownBy(calls, *event));
     }
-    NoteEvent(*event, changed);
+    NoteEvent(*event, calls, changed);
   }
 }
 
@@ -175,8 +197,10 @@ Result<> Worker::ReleaseProgram() {
   return {};
 }
 
-void Worker::NoteEvent(UffdEvent& event, bool& changed) {
-  if (event.kind == UffdEvent::Kind::kFork) FindForkedChild(std::move(event.child));
+// `calls`: as read before the event was.
+void Worker::NoteEvent(UffdEvent& event, const ThreadCalls& calls, bool& changed) {
+  spdlog::debug("XXDBG event {} {}", static_cast<int>(event.kind), event.range);
+  if (event.kind == UffdEvent::Kind::kFork) FindForkedChild(std::move(event.child), calls);
   if (event.kind == UffdEvent::Kind::kUnmap || event.kind == UffdEvent::Kind::kRemap) {
     dropped_.Erase(event.range);
     changed = true;
@@ -220,8 +244,8 @@ Result<> Worker::DropImagePart(VaddrRange part, int prot) {
   const auto wished = [&](const char* flag) {
     return wish != images_.end() && wish->HasFlag(flag);
   };
-  // One list, which the helper finishes even if we are killed. Unregistered first: the mapping would
-  // otherwise wait for us to read its event.
+  // One list, which the helper finishes even if we are killed. Unregistered first: the mapping
+  // would otherwise wait for us to read its event.
   OpList ops;
   ops.Ioctl(helper_uffd_, UFFDIO_UNREGISTER, {part.begin.value, part.size().value, 0, 0, 0});
   ops.Syscall(SYS_mmap, {part.begin.value, part.size().value, static_cast<uint64_t>(prot),
@@ -258,9 +282,8 @@ Result<> Worker::ZeroGrowth(VaddrRange grown) {
   area.file_vma = vma->range;
   UNMOOR_ASSIGN(const ImageFile* file, FileOf(area));
   const auto offset = [&](Vaddr at) { return vma->offset + (at - vma->range.begin); };
-  UNMOOR_ASSIGN(
-      const std::vector<FileRange> data,
-      DataRanges(file->fd.get(), {offset(grown.begin), offset(grown.end)}, "page image"));
+  UNMOOR_ASSIGN(const std::vector<FileRange> data,
+                DataRanges(file->fd.get(), {offset(grown.begin), offset(grown.end)}, "page image"));
   const std::vector<std::byte> zeros(size_t{1} << 20);
   for (const FileRange& range : data) {
     for (FileOffset at = range.begin; at < range.end;) {
@@ -322,26 +345,52 @@ Result<> Worker::ConvertHeld(size_t index) {
 // there before is not it. (posix_spawn and vfork make children without an event.)
 Result<> Worker::KnowChildren() {
   UNMOOR_ASSIGN(const std::vector<Pid> children, ReadChildren(pid_));
+  known_children_.clear();
   for (const Pid child : children) known_children_.insert(child.value);
   return {};
 }
 
-void Worker::FindForkedChild(Fd uffd) {
+// The child is that of a thread which waited in fork before the event was read and has gone on
+// since. One that has ended already needs no agent. Without knowing the threads (the kernel may not
+// tell) any new child may be it, and one that has ended is waited for in vain.
+void Worker::FindForkedChild(Fd uffd, const ThreadCalls& calls) {
   constexpr Nanos kLimit(100'000'000);
+  std::vector<Pid> forking;
+  for (const BlockedCall& call : calls.blocked) {
+    if (call.waits_for_event && Forks(call)) forking.push_back(call.thread);
+  }
   const Nanos began = MonotonicNow();
   while (MonotonicNow() - began < kLimit) {
-    const auto children = ReadChildren(pid_);
-    if (!children) return;
-    for (const Pid child : *children) {
-      if (known_children_.contains(child.value)) continue;
-      const auto vmas = ReadMaps(child);
-      if (!vmas || std::ranges::none_of(*vmas, MapsPageImage)) continue;
+    const bool born =
+        std::ranges::any_of(forking, [&](Pid thread) { return !MayBeForking(pid_, thread); });
+    std::vector<Pid> children;
+    for (const Pid thread : forking) {
+      const std::vector<Pid> its = ReadChildrenOf(pid_, thread);
+      children.insert(children.end(), its.begin(), its.end());
+    }
+    if (forking.empty()) {
+      const auto all = ReadChildren(pid_);
+      if (!all) return;
+      children = *all;
+    }
+    for (const Pid child : children) {
+      if (known_children_.contains(child.value) || !IsForked(child)) continue;
       known_children_.insert(child.value);
       if (on_fork_) on_fork_(child, std::move(uffd));
       return;
     }
+    if (born) return;
     SleepFor(Nanos(50'000));
   }
+}
+
+// Whether it has memory of its own that maps an image. One of vfork or posix_spawn has the
+// program's, with the helper in it, which forked children don't get.
+bool Worker::IsForked(Pid child) const {
+  const auto vmas = ReadMaps(child);
+  if (!vmas || std::ranges::none_of(*vmas, MapsPageImage)) return false;
+  return std::ranges::none_of(
+      *vmas, [&](const VmaInfo& vma) { return vma.range.Contains(link_.helper().region); });
 }
 
 }  // namespace unmoor

@@ -73,6 +73,7 @@ Result<std::vector<Carrier::PlannedArea>> Worker::Plan() {
     const int errnum = planned.error().errnum();
     const bool changed_meanwhile = errnum == EINVAL || errnum == ENOENT;
     if (!changed_meanwhile || attempt == kPlanAttempts || program_ended()) return planned;
+    spdlog::debug("XXDBG plan attempt {} failed: {}", attempt, planned.error().message());
     UNMOOR_TRY(HandleEvents());
   }
 }
@@ -93,6 +94,8 @@ Result<std::vector<Carrier::PlannedArea>> Worker::PlanOnce() {
     areas_.push_back(std::move(planned));
   }
   stale_ = false;
+  spdlog::debug("XXDBG plan {} areas, mirrors {}, owned {}", areas_.size(), mirrors_.size(),
+                owned_.size());
   return areas_;
 }
 
@@ -416,20 +419,21 @@ Result<helper::Reply> Worker::RunSwaps(const OpList& ops) {
   });
 }
 
-// While threads give memory back without pause, one of them always waits for its event to be read
-// and does not stop: then the program is held first, its events handled, and the window follows at
-// once.
+// Of many threads that fork or give memory back one always waits for its event to be read, or for
+// the child of a vfork, and does not stop within a window: then the program is held first, with
+// more patience, its events handled, and the window follows at once.
 Result<SwapOutcome> Worker::Swap(std::span<const Piece> pieces, PageCount dirty_limit) {
-  UNMOOR_ASSIGN(const bool waiting, WaitReadable(uffd_.get(), Nanos(0)));
-  if (!waiting || busy_in_a_row_ < kBusyBeforeHold) return SwapInWindow(pieces, dirty_limit);
+  if (busy_in_a_row_ < kBusyBeforeHold) return SwapInWindow(pieces, dirty_limit);
+  Result<SwapOutcome> outcome;  // busy
+  if (!MayHold()) return outcome;
   const Nanos began = MonotonicNow();
   bool changed = false;
-  Result<SwapOutcome> outcome;
-  if (const auto held = HoldProgram(changed); !held) {
+  const auto held = HoldProgram(changed);
+  if (!held && held.error().errnum() != EAGAIN) {
     outcome = Failure(held.error());
   } else if (changed) {
     outcome->result = SwapResult::kStale;
-  } else {
+  } else if (held) {
     outcome = SwapInWindow(pieces, dirty_limit);
   }
   UNMOOR_TRY(ReleaseProgram());
@@ -469,6 +473,7 @@ Result<SwapOutcome> Worker::SwapInWindow(std::span<const Piece> pieces, PageCoun
   for (const Piece& piece : pieces) {
     UNMOOR_ASSIGN(const bool as_planned, AddChecks(ops, piece));
     if (!as_planned) {
+      spdlog::debug("XXDBG checks: stale");
       outcome.result = SwapResult::kStale;
       return outcome;
     }
@@ -521,6 +526,9 @@ Result<SwapOutcome> Worker::SwapInWindow(std::span<const Piece> pieces, PageCoun
 }
 
 void Worker::Pause(Nanos time) {
+  // An event that may not be handled yet would end every wait at once.
+  const Nanos now = MonotonicNow();
+  if (now < next_hold_) return SleepFor(std::min(time, next_hold_ - now));
   (void)WaitReadable(uffd_.get(), time);
 }
 

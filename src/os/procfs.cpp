@@ -2,6 +2,7 @@
 #include "os/procfs.h"
 
 #include <sys/mman.h>
+#include <sys/syscall.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -213,6 +214,7 @@ Result<ThreadCalls> ReadThreadCalls(Pid pid) {
     ++calls.threads;
     if (ThreadState(directory) == 't') ++calls.stopped;
     BlockedCall call;
+    call.thread = thread;
     // "running", or "-1" where it sleeps outside a system call.
     if (!Parse(NextWord(rest), 10, call.number)) continue;
     for (uint64_t& arg : call.args) {
@@ -233,15 +235,35 @@ Result<std::vector<Pid>> ReadChildren(Pid pid) {
   UNMOOR_ASSIGN(const std::vector<Pid> threads, ReadThreads(pid));
   std::vector<Pid> children;
   for (const Pid thread : threads) {
-    const auto text = ReadFile(fmt::format("/proc/{}/task/{}/children", pid.value, thread.value));
-    if (!text) continue;  // that thread ended
-    std::string_view rest = *text;
-    Pid child;
-    for (auto word = NextWord(rest); Parse(word, 10, child.value); word = NextWord(rest)) {
-      children.push_back(child);
-    }
+    const std::vector<Pid> its = ReadChildrenOf(pid, thread);
+    children.insert(children.end(), its.begin(), its.end());
   }
   return children;
+}
+
+std::vector<Pid> ReadChildrenOf(Pid pid, Pid thread) {
+  std::vector<Pid> children;
+  const auto text = ReadFile(fmt::format("/proc/{}/task/{}/children", pid.value, thread.value));
+  if (!text) return children;  // that thread ended
+  std::string_view rest = *text;
+  Pid child;
+  for (auto word = NextWord(rest); Parse(word, 10, child.value); word = NextWord(rest)) {
+    children.push_back(child);
+  }
+  return children;
+}
+
+bool MayBeForking(Pid pid, Pid thread) {
+  const std::string directory = fmt::format("/proc/{}/task/{}", pid.value, thread.value);
+  const char state = ThreadState(directory);
+  // A stop comes at the end of a system call, never inside fork.
+  if (state == '?' || state == 't' || state == 'T' || state == 'Z' || state == 'X') return false;
+  const auto text = ReadFile(directory + "/syscall");
+  if (!text) return false;
+  uint64_t number = 0;
+  std::string_view rest = *text;
+  if (!Parse(NextWord(rest), 10, number)) return text->starts_with("running");
+  return number == SYS_fork || number == SYS_clone || number == SYS_clone3;
 }
 
 Result<std::vector<Pid>> ReadTree(Pid root) {

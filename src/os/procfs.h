@@ -64,6 +64,7 @@ struct SignalSets {
 
 // The system call a thread sleeps in; nothing when it runs.
 struct BlockedCall {
+  Pid thread;
   uint64_t number = 0;
   uint64_t args[6] = {};
   // In that call it waits for its userfaultfd event to be read (as /proc/PID/task/TID/wchan says;
@@ -83,6 +84,10 @@ struct ThreadCalls {
 [[nodiscard]] Result<std::vector<Pid>> ReadThreads(Pid pid);
 // Children of every thread of `pid`, in our PID namespace.
 [[nodiscard]] Result<std::vector<Pid>> ReadChildren(Pid pid);
+// Those that this thread of it has made; none when it is gone.
+[[nodiscard]] std::vector<Pid> ReadChildrenOf(Pid pid, Pid thread);
+// False once the thread is seen outside of fork and clone; true while it runs, wherever that is.
+[[nodiscard]] bool MayBeForking(Pid pid, Pid thread);
 // `root` and all its descendants, parents before children.
 [[nodiscard]] Result<std::vector<Pid>> ReadTree(Pid root);
 

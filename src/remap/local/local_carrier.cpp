@@ -659,6 +659,14 @@ WindowPiece LocalCarrier::PieceOf(size_t index, VaddrRange range) const {
           static_cast<uint32_t>(area.prot)};
 }
 
+// In ns. Three quarters of the pause for the threads to come, the rest for recheck and swap. A machine
+// under load may not get every thread onto a core that soon; rather than never finishing, the time
+// grows.
+int64_t LocalCarrier::StopLimit() const {
+  const int64_t first = options_.max_pause.value * 3 / 4;
+  return std::max(first, std::min(kLongestStop, first << std::min(busy_in_a_row_ / 2, 12)));
+}
+
 Result<SwapOutcome> LocalCarrier::Swap(std::span<const Piece> pieces, PageCount dirty_limit) {
   if (MonotonicNow() - last_pin_check_ > kPinCheckInterval) UNMOOR_TRY(CheckNoPinnedMemory());
   frozen_pieces_.clear();
@@ -677,14 +685,9 @@ Result<SwapOutcome> LocalCarrier::Swap(std::span<const Piece> pieces, PageCount 
     UNMOOR_ASSIGN(const SwapOutcome outcome, SwapGuardedPieces(guarded_pieces_, dirty_limit));
     if (outcome.result != SwapResult::kSwapped || frozen_pieces_.empty()) return outcome;
   }
-  // Three quarters of the pause for the threads to come, the rest for recheck and swap. A machine
-  // under load may not get every thread onto a core that soon; rather than never finishing, the
-  // time grows.
-  const int64_t stop_limit =
-      std::min(kLongestStop, (options_.max_pause.value * 3 / 4) << std::min(busy_in_a_row_ / 2, 12));
   const WindowResult result = SwapFrozen(
       share_->watcher().fds(), frozen_pieces_.data(), static_cast<uint32_t>(frozen_pieces_.size()),
-      dirty_limit.value, std::max(stop_limit, options_.max_pause.value * 3 / 4), *room_);
+      dirty_limit.value, StopLimit(), *room_);
   auto outcome = Conclude(result);
   if (outcome && result.skipped && outcome->result == SwapResult::kSwapped) {
     for (const WindowPiece& piece : frozen_pieces_) {
@@ -701,7 +704,7 @@ Result<SwapOutcome> LocalCarrier::SwapGuardedPieces(std::span<const WindowPiece>
   all.result = SwapResult::kSwapped;
   for (const WindowPiece& piece : pieces) {
     const WindowResult result =
-        SwapGuarded(share_->watcher().fds(), piece, dirty_limit.value, *room_);
+        SwapGuarded(share_->watcher().fds(), piece, dirty_limit.value, StopLimit(), *room_);
     longest_guard_ = std::max(longest_guard_, Nanos(result.guard_ns));
     UNMOOR_ASSIGN(const SwapOutcome outcome, Conclude(result));
     all.recopied += outcome.recopied;

@@ -150,6 +150,7 @@ class LocalCarrier final : public Carrier {
                                    Vaddr to);
   void RefuseBlock(const Planned& target, Vaddr at, FileOffset offset, const char* problem);
   [[nodiscard]] Result<> CopyOwn(VaddrRange pages, Vaddr to);
+  [[nodiscard]] int64_t StopLimit() const;
   [[nodiscard]] WindowPiece PieceOf(size_t area, VaddrRange range) const;
   [[nodiscard]] Result<SwapOutcome> Conclude(const WindowResult& result);
   [[nodiscard]] Result<SwapOutcome> SwapGuardedPieces(std::span<const WindowPiece> pieces,

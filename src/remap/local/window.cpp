@@ -136,7 +136,7 @@ bool ReadMemory(const Descriptors& fds, uint64_t to, uint64_t from, uint64_t len
   return true;
 }
 
-// The parts of the pieces that still map the image as planned. 0 or -errno.
+// The parts of the pieces that still map the image as planned. 0 or -E2BIG.
 long CollectParts(const Descriptors& fds, const WindowPiece* pieces, uint32_t count,
                   WindowRoom& room, uint32_t& part_count, bool& skipped) {
   for (uint32_t i = 0; i < count; ++i) {
@@ -151,14 +151,13 @@ long CollectParts(const Descriptors& fds, const WindowPiece* pieces, uint32_t co
       const uint64_t end = vma.vma_end < piece.end ? vma.vma_end : piece.end;
       skipped = skipped || begin > at;
       at = end;
-      if (DeviceOf(vma) != piece.device || vma.inode != piece.inode) {
+      // What changed since the plan is left to the next one, and does not hold up the rest.
+      const uint64_t offset = vma.vma_offset + (begin - vma.vma_start);
+      if (DeviceOf(vma) != piece.device || vma.inode != piece.inode ||
+          offset != piece.offset + (begin - piece.begin) || (vma.vma_flags & 8) != 0 ||
+          (vma.vma_flags & 7) != piece.protection) {
         skipped = true;
         continue;
-      }
-      const uint64_t offset = vma.vma_offset + (begin - vma.vma_start);
-      if (offset != piece.offset + (begin - piece.begin) || (vma.vma_flags & 8) != 0 ||
-          (vma.vma_flags & 7) != piece.protection) {
-        return -kEstale;
       }
       if (part_count == sizeof(room.parts) / sizeof(room.parts[0])) return -kE2big;
       room.parts[part_count++] = {begin, end, i};
@@ -311,10 +310,9 @@ bool MayGuard(const Descriptors& fds, const WindowPiece& piece) {
 WindowResult SwapGuardedLocked(const Descriptors& fds, const WindowPiece& piece,
                                uint64_t dirty_limit, WindowRoom& room) {
   WindowResult result;
-  if (raw::Readable(fds.uffd)) return result;
   uint32_t parts = 0;
   const long collected = CollectParts(fds, &piece, 1, room, parts, result.skipped);
-  if (collected < 0) return Outcome(collected, result);
+  if (collected < 0 || parts == 0) return Outcome(collected, result);
   const int64_t began = raw::Now();
   RaiseGuard(piece.begin, piece.end, static_cast<int>(piece.protection));
   long error = 0;
@@ -532,6 +530,25 @@ WindowAttempt OpenServing(const Descriptors& fds, int64_t limit_ns) {
   return attempt;
 }
 
+void ServeEventsLocked(const Descriptors& fds) {
+  if (!raw::Readable(fds.uffd)) return;
+  Sleepers sleepers{};
+  sleepers.fds = &fds;
+  // What sleeps before our eyes is answered before its event is read. A single thread sleeps for
+  // that. With more the event may be one's whose call we have not seen yet, and one that sleeps may
+  // wait for another's lock, wake, and be back at its memory before we have answered: so first each
+  // is sent a signal, and nobody returns from the kernel until all are answered.
+  const bool alone = CountThreads(fds.tasks) == 1;
+  if (alone) ForEachSleeping(fds.tasks, LookAtSleeper, &sleepers);
+  const bool known = alone && sleepers.giving_back == 1;
+  if (!known) {
+    HoldReturns(fds.tasks);
+    VisitUntilSettled(fds.tasks, LookAtSleeper, &sleepers, kSettleLimit);
+  }
+  AnswerEvents(fds, sleepers, !known);
+  if (!known) CloseWindow();
+}
+
 // The window with both locks held.
 WindowResult SwapFrozenLocked(const Descriptors& fds, const WindowPiece* pieces, uint32_t count,
                               uint64_t dirty_limit, int64_t stop_limit_ns, WindowRoom& room) {
@@ -671,14 +688,14 @@ WindowResult SwapFrozen(const Descriptors& fds, const WindowPiece* pieces, uint3
 }
 
 WindowResult SwapGuarded(const Descriptors& fds, const WindowPiece& piece, uint64_t dirty_limit,
-                         WindowRoom& room) {
+                         int64_t stop_limit_ns, WindowRoom& room) {
   locks.window.Acquire();
   locks.address_space.Acquire();
   WindowResult result;
   Hurry(true);
+  ServeEventsLocked(fds);
   if ((piece.protection & kWrite) == 0 || !MayGuard(fds, piece)) {
-    constexpr int64_t kStopLimit = 2'000'000;
-    result = SwapFrozenLocked(fds, &piece, 1, dirty_limit, kStopLimit, room);
+    result = SwapFrozenLocked(fds, &piece, 1, dirty_limit, stop_limit_ns, room);
   } else {
     result = SwapGuardedLocked(fds, piece, dirty_limit, room);
   }
@@ -690,23 +707,7 @@ WindowResult SwapGuarded(const Descriptors& fds, const WindowPiece& piece, uint6
 
 void ServeEvents(const Descriptors& fds) {
   locks.address_space.Acquire();
-  if (raw::Readable(fds.uffd)) {  // not answered by a window meanwhile
-    Sleepers sleepers{};
-    sleepers.fds = &fds;
-    // What sleeps before our eyes is answered before its event is read. A single thread sleeps for
-    // that. With more the event may be one's whose call we have not seen yet, and one that sleeps may
-    // wait for another's lock, wake, and be back at its memory before we have answered: so first each
-    // is sent a signal, and nobody returns from the kernel until all are answered.
-    const bool alone = CountThreads(fds.tasks) == 1;
-    if (alone) ForEachSleeping(fds.tasks, LookAtSleeper, &sleepers);
-    const bool known = alone && sleepers.giving_back == 1;
-    if (!known) {
-      HoldReturns(fds.tasks);
-      VisitUntilSettled(fds.tasks, LookAtSleeper, &sleepers, kSettleLimit);
-    }
-    AnswerEvents(fds, sleepers, !known);
-    if (!known) CloseWindow();
-  }
+  ServeEventsLocked(fds);  // unless answered by a window meanwhile
   locks.address_space.Release();
 }
 

@@ -89,18 +89,18 @@ struct WindowResult {
   int32_t error = 0;        // errno of kFailed
   int32_t late_thread = 0;  // of kBusy
   uint32_t recopied = 0;    // pages
-  bool skipped = false;     // parts that map no image any more were left alone
+  bool skipped = false;     // parts not mapped as planned any more were left alone
   int64_t pause_ns = 0;     // of all threads
   int64_t guard_ns = 0;     // of writers to the piece
 };
 
-// All threads at rest; recheck, swap, release. Parts of pieces that map the image no longer are
-// skipped.
+// All threads at rest; recheck, swap, release. Parts of pieces that are not mapped as planned any
+// more are skipped.
 WindowResult SwapFrozen(const Descriptors& fds, const WindowPiece* pieces, uint32_t count,
                         uint64_t dirty_limit, int64_t stop_limit_ns, WindowRoom& room);
-// One small piece under the read-only guard.
+// One small piece under the read-only guard; frozen where that cannot be.
 WindowResult SwapGuarded(const Descriptors& fds, const WindowPiece& piece, uint64_t dirty_limit,
-                         WindowRoom& room);
+                         int64_t stop_limit_ns, WindowRoom& room);
 
 // --- events -------------------------------------------------------------------------------------
 
