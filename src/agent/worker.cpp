@@ -295,17 +295,17 @@ Result<> Worker::Watch(Nanos limit, const std::function<bool()>& stop) {
 
 RemapReport Worker::report() const {
   RemapReport report;
-  report.total = counts_.total;
-  report.done = counts_.done;
+  report.total = counts_.total + converted_;
+  report.done = counts_.done + converted_;
   report.dropped = dropped_bytes_;
   report.windows = counts_.windows;
   report.guarded = guard_.windows;
   report.aborted = counts_.aborted;
-  report.longest_pause = counts_.longest_pause;
+  report.longest_pause = std::max(counts_.longest_pause, longest_hold_);
   report.elapsed = MonotonicNow() - began_;
   if (report.elapsed.value > 0) {
     report.copy_rate =
-        static_cast<double>(counts_.done.value) * 1e9 / static_cast<double>(report.elapsed.value);
+        static_cast<double>(report.done.value) * 1e9 / static_cast<double>(report.elapsed.value);
   }
   return report;
 }

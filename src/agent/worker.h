@@ -106,6 +106,8 @@ class Worker final : public Carrier {
   [[nodiscard]] const Mirror& MirrorOf(size_t area) const;
   [[nodiscard]] Result<ImageFile*> FileOf(const Area& area);
   [[nodiscard]] Result<Vaddr> MapOwned(Bytes length, uint64_t congruent_to, bool no_reserve);
+  [[nodiscard]] Result<> RecordOwned(size_t slot);
+  [[nodiscard]] Result<> FreeMirrors();
   [[nodiscard]] Result<> EnsureScratch();
   [[nodiscard]] Result<> RunCopies(const OpList& ops);
   void AddHugeBlock(OpList& ops, const Area& area, const Mirror& mirror, int file,
@@ -131,6 +133,8 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<> ZeroGrowth(VaddrRange grown);
   [[nodiscard]] Result<> ConvertShortened(Vaddr end);
   [[nodiscard]] Result<> ConvertHeld(size_t area);
+  [[nodiscard]] Result<> ConvertHot();
+  [[nodiscard]] Result<> ConvertPart();
   [[nodiscard]] Result<> DropImagePart(VaddrRange part, int prot);
   void FindForkedChild(Fd uffd, const ThreadCalls& calls);
   [[nodiscard]] bool IsForked(Pid child) const;
@@ -169,11 +173,15 @@ class Worker final : public Carrier {
   std::vector<PlannedArea> areas_;
   RangeSet dropped_;
   Bytes dropped_bytes_;
+  Bytes converted_;  // swapped while the program was held, without the remapper
   std::set<int> known_children_;
   bool stale_ = false;
   int busy_in_a_row_ = 0;
+  int plans_in_a_row_ = 0;  // with nothing swapped between them
   Nanos hold_limit_ = kFirstHold;
+  Nanos held_since_;
   Nanos next_hold_;
+  Nanos longest_hold_;
   RemapCounts counts_;
   Nanos last_saved_;
   Nanos next_pin_check_;

@@ -35,7 +35,9 @@ constexpr Bytes kHeapReach(uint64_t{1} << 40);
 // How long all threads may be held for the sake of one that does not stop (kFirstHold to begin
 // with), and how many times that long the program then runs before it is held again.
 constexpr Nanos kLongestHold(100'000'000);
-constexpr int64_t kRunsAfterHold = 3;
+constexpr int64_t kRunsAfterHoldInVain = 3;
+constexpr int kHotParts = 16;
+constexpr Bytes kHotPart(uint64_t{1} << 20);
 constexpr int kEventsAtOnce = 16;
 constexpr int kBlindLooks = 20;
 
@@ -128,22 +130,13 @@ Result<> Worker::HandleEventsStopped(bool& changed) {
 // release.
 Result<> Worker::HoldProgram(bool& changed) {
   HeldEvents events;
-  const Nanos began = MonotonicNow();
+  held_since_ = MonotonicNow();
   const auto stopped = StopAndRead(events, changed);
   // Whatever went wrong, what the events said happens before anybody runs.
   for (const VaddrRange range : events.given_back) UNMOOR_TRY(Drop(range));
   for (const VaddrRange range : events.grown) UNMOOR_TRY(ZeroGrowth(range));
   for (const Vaddr end : events.cut) UNMOOR_TRY(ConvertShortened(end));
-  // Whoever makes events without pause must not make the program stand still.
-  const Nanos now = MonotonicNow();
-  const Nanos held = now - began;
-  if (stopped) {
-    hold_limit_ = kFirstHold;
-    if (held > options_.max_pause) next_hold_ = now + held;
-  } else {
-    hold_limit_ = std::min(Nanos(hold_limit_.value * 2), kLongestHold);
-    next_hold_ = now + Nanos(held.value * kRunsAfterHold);
-  }
+  hold_limit_ = stopped ? kFirstHold : std::min(Nanos(hold_limit_.value * 2), kLongestHold);
   return stopped;
 }
 
@@ -194,6 +187,13 @@ Result<> Worker::ReleaseProgram() {
   OpList thaw;
   thaw.Thaw();
   UNMOOR_TRY(link_.Must(thaw, "cannot release the program's threads"));
+  // Whoever makes events without pause must not make the program stand still.
+  const Nanos now = MonotonicNow();
+  const Nanos held = now - held_since_;
+  longest_hold_ = std::max(longest_hold_, held);
+  if (held <= options_.max_pause) return {};
+  const bool in_vain = hold_limit_ > kFirstHold;
+  next_hold_ = now + Nanos(held.value * (in_vain ? kRunsAfterHoldInVain : 1));
   return {};
 }
 
@@ -323,6 +323,7 @@ Result<> Worker::ConvertShortened(Vaddr end) {
 
 Result<> Worker::ConvertHeld(size_t index) {
   const VaddrRange range = areas_[index].area.range;
+  const bool was_stale = std::exchange(stale_, false);
   UNMOOR_ASSIGN(const std::vector<VaddrRange> own_ranges, OwnPages(range, false));
   RangeSet own;
   for (const VaddrRange part : own_ranges) own.Insert(part);
@@ -330,7 +331,10 @@ Result<> Worker::ConvertHeld(size_t index) {
   for (const VaddrRange block : CutIntoBlocks(range)) {
     steps.push_back({block, ContentOf(block, areas_[index].image_data, own, dropped_), false});
   }
-  UNMOOR_TRY(Copy(index, steps));
+  if (!steps.empty()) UNMOOR_TRY(Copy(index, steps));
+  // Not what it should be, although nobody runs: better direct-mapped than incomplete.
+  if (stale_) return {};
+  stale_ = was_stale;
   OpList ops;
   AddSwap(ops, {index, range});
   UNMOOR_ASSIGN(const helper::Reply reply, RunSwaps(ops));
@@ -338,7 +342,57 @@ Result<> Worker::ConvertHeld(size_t index) {
     return SystemError(reply.error, "cannot make a shortened mapping anonymous");
   }
   dropped_.Erase(range);
+  converted_ += areas_[index].image_data.SizeWithin(range);
   return {};
+}
+
+// For a program that changes its mappings faster than a plan of them lasts: parts that can be
+// copied within about a pause are copied and swapped while it is held.
+Result<> Worker::ConvertHot() {
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid_));
+  RememberImages(vmas);
+  for (int i = 0; i < kHotParts && !program_ended(); ++i) {
+    const Nanos now = MonotonicNow();
+    if (now < next_hold_) SleepFor(next_hold_ - now);
+    bool changed = false;
+    Result<> done = HoldProgram(changed);
+    if (done) done = ConvertPart();
+    UNMOOR_TRY(ReleaseProgram());
+    if (!done && done.error().errnum() != EAGAIN) return done;
+  }
+  return {};
+}
+
+// The beginning of the first area, as it is now, whose flags were read a moment ago.
+Result<> Worker::ConvertPart() {
+  spdlog::debug("XXDBG hot part");
+  UNMOOR_ASSIGN(std::vector<VmaInfo> vmas, ReadMaps(pid_));
+  std::erase_if(vmas, [&](VmaInfo& vma) {
+    if (!MapsPageImage(vma)) return false;
+    const auto known = std::ranges::find_if(images_, [&](const VmaInfo& image) {
+      return image.range.Contains(vma.range) && image.inode == vma.inode &&
+             image.offset + (vma.range.begin - image.range.begin) == vma.offset;
+    });
+    if (known == images_.end()) return true;
+    vma.vm_flags = known->vm_flags;
+    return false;
+  });
+  std::vector<Area> areas = FindAreas(vmas, MapsPageImage, dropped_);
+  if (areas.empty()) return {};
+  Area& area = areas.front();
+  UNMOOR_TRY(FileOf(area));
+  UNMOOR_TRY(MirrorFor(area));  // for all of it, so that its parts join again
+  area.range.end = std::min(area.range.end, area.range.begin + kHotPart);
+  for (const VmaInfo& vma : vmas) {
+    const VaddrRange part = vma.range.Intersect(area.range);
+    if (part.empty() || !MapsPageImage(vma)) continue;
+    UNMOOR_TRY(UffdRegister(uffd_.get(), part, UffdMode::kWriteProtect));
+  }
+  UNMOOR_ASSIGN(PlannedArea planned, PlanArea(std::move(area)));
+  areas_.push_back(std::move(planned));
+  const auto converted = ConvertHeld(areas_.size() - 1);
+  areas_.pop_back();
+  return converted;
 }
 
 // The parent sleeps in fork until its event is read, and only then its child appears: whoever was

@@ -38,6 +38,8 @@ constexpr Nanos kPinCheckInterval(50'000'000);
 constexpr int kPlanAttempts = 1000;
 constexpr unsigned long kOpenDirect = 040000;  // O_DIRECT
 constexpr int kBusyBeforeHold = 2;
+constexpr int kPlansBeforeHold = 10;
+constexpr size_t kUnusedMirrors = 64;
 constexpr Nanos kSwapDeadline(250'000'000);
 constexpr int kAdviceCollapse = 25;
 // Where helpers' memory goes: far from where programs and the kernel put theirs.
@@ -66,6 +68,7 @@ size_t MaxMapCount() {
 Result<std::vector<Carrier::PlannedArea>> Worker::Plan() {
   stop_.Release();
   UNMOOR_TRY(CheckNoPinnedMemory());
+  if (++plans_in_a_row_ > kPlansBeforeHold) UNMOOR_TRY(ConvertHot());
   for (int attempt = 0;; ++attempt) {
     auto planned = PlanOnce();
     if (planned) return planned;
@@ -93,6 +96,7 @@ Result<std::vector<Carrier::PlannedArea>> Worker::PlanOnce() {
     UNMOOR_ASSIGN(PlannedArea planned, PlanArea(std::move(area)));
     areas_.push_back(std::move(planned));
   }
+  UNMOOR_TRY(FreeMirrors());
   stale_ = false;
   spdlog::debug("XXDBG plan {} areas, mirrors {}, owned {}", areas_.size(), mirrors_.size(),
                 owned_.size());
@@ -159,7 +163,9 @@ Result<Worker::ImageFile*> Worker::FileOf(const Area& area) {
 
 // A hole of the program's address space, mapped for us and recorded as ours.
 Result<Vaddr> Worker::MapOwned(Bytes length, uint64_t congruent_to, bool no_reserve) {
-  if (owned_.size() == helper::kMaxOwned) return MachineError("too many separate areas to remap");
+  const auto free_slot = std::ranges::find_if(owned_, &VaddrRange::empty);
+  const auto slot = static_cast<size_t>(free_slot - owned_.begin());
+  if (slot == helper::kMaxOwned) return MachineError("too many separate areas to remap");
   for (int attempt = 0; attempt < 16; ++attempt) {
     UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid_));
     const uint64_t remainder = congruent_to % kHugePageSize;
@@ -182,23 +188,53 @@ Result<Vaddr> Worker::MapOwned(Bytes length, uint64_t congruent_to, bool no_rese
                                                   HumanBytes(length)));
     }
     const Vaddr base(at);
-    owned_.push_back({base, base + length});
-    const helper::OwnedRange record{at, length.value};
-    const uint64_t count = owned_.size();
-    const Vaddr data = link_.helper().region + Bytes(helper::kCodeSize);
-    // Through the helper: the program may have called exec and be another by now.
-    const Pid carrier = link_.helper().pid;
-    UNMOOR_TRY(WriteMemory(
-        carrier, data + Bytes(offsetof(helper::Data, owned) + (count - 1) * sizeof(record)),
-        std::as_bytes(std::span(&record, 1))));
-    UNMOOR_TRY(WriteMemory(carrier, data + Bytes(offsetof(helper::Data, owned_count)),
-                           std::as_bytes(std::span(&count, 1))));
+    if (slot == owned_.size()) owned_.emplace_back();
+    owned_[slot] = {base, base + length};
+    UNMOOR_TRY(RecordOwned(slot));
     OpList keep;
-    AddAdvice(keep, owned_.back(), MADV_DONTFORK);
+    AddAdvice(keep, owned_[slot], MADV_DONTFORK);
     UNMOOR_TRY(link_.Must(keep, "madvise(MADV_DONTFORK) inside the program"));
     return base;
   }
   return MachineError("the program keeps taking the address space meant for staging");
+}
+
+// Where whoever comes after a crash finds what to unmap.
+Result<> Worker::RecordOwned(size_t slot) {
+  const helper::OwnedRange record{owned_[slot].begin.value, owned_[slot].size().value};
+  const uint64_t count = owned_.size();
+  const Vaddr data = link_.helper().region + Bytes(helper::kCodeSize);
+  // Through the helper: the program may have called exec and be another by now.
+  const Pid carrier = link_.helper().pid;
+  UNMOOR_TRY(WriteMemory(carrier,
+                         data + Bytes(offsetof(helper::Data, owned) + slot * sizeof(record)),
+                         std::as_bytes(std::span(&record, 1))));
+  return WriteMemory(carrier, data + Bytes(offsetof(helper::Data, owned_count)),
+                     std::as_bytes(std::span(&count, 1)));
+}
+
+// A program that moves its memory about leaves mirrors behind that no area of the plan has.
+Result<> Worker::FreeMirrors() {
+  if (mirrors_.size() < areas_.size() + kUnusedMirrors) return {};
+  std::set<const Mirror*> used;
+  for (size_t i = 0; i < areas_.size(); ++i) used.insert(&MirrorOf(i));
+  std::vector<Mirror> kept;
+  for (const Mirror& mirror : mirrors_) {
+    if (used.contains(&mirror)) {
+      kept.push_back(mirror);
+      continue;
+    }
+    const VaddrRange range{mirror.base, mirror.base + mirror.area.range.size()};
+    const auto it = std::ranges::find(owned_, range);
+    UNMOOR_CHECK(it != owned_.end());
+    *it = {};
+    UNMOOR_TRY(RecordOwned(static_cast<size_t>(it - owned_.begin())));
+    OpList unmap;
+    unmap.Syscall(SYS_munmap, {range.begin.value, range.size().value, 0, 0, 0, 0});
+    UNMOOR_TRY(link_.Must(unmap, "munmap inside the program"));
+  }
+  mirrors_ = std::move(kept);
+  return {};
 }
 
 // One mirror for each area, kept as long as the area lasts: pages moved from one mirror to one area
@@ -439,7 +475,6 @@ Result<SwapOutcome> Worker::Swap(std::span<const Piece> pieces, PageCount dirty_
   UNMOOR_TRY(ReleaseProgram());
   if (outcome) {
     outcome->pause = MonotonicNow() - began;
-    counts_.longest_pause = std::max(counts_.longest_pause, outcome->pause);
   }
   return outcome;
 }
@@ -503,6 +538,7 @@ Result<SwapOutcome> Worker::SwapInWindow(std::span<const Piece> pieces, PageCoun
   switch (reply.error) {
     case 0:
       outcome.result = SwapResult::kSwapped;
+      plans_in_a_row_ = 0;
       if (reply.guarded > 0) ++guard_.windows;
       for (const Piece& piece : pieces) dropped_.Erase(piece.range);
       break;

@@ -12,6 +12,7 @@ namespace {
 constexpr int kStderr = 2;
 constexpr Nanos kRedraw{50'000'000};
 constexpr Nanos kPlainLine{2'000'000'000};
+constexpr Nanos kSamePlainLine{10'000'000'000};
 
 void WriteStderr(const std::string& text) {
   std::fwrite(text.data(), 1, text.size(), stderr);
@@ -29,13 +30,15 @@ void ProgressBar::Show(Bytes done, Bytes total, const std::string& note) {
   if (silent_) return;
   const Nanos now = MonotonicNow();
   if (now - told_at_ < (terminal_ ? kRedraw : kPlainLine)) return;
-  told_at_ = now;
   const double share =
       total.value == 0
           ? 1.0
           : std::min(1.0, static_cast<double>(done.value) / static_cast<double>(total.value));
   std::string text =
       fmt::format("{:3.0f} %  {} of {}", share * 100, HumanBytes(done), HumanBytes(total));
+  if (!terminal_ && text == told_ && now - told_at_ < kSamePlainLine) return;
+  told_at_ = now;
+  told_ = text;
   if (!note.empty()) text += "  " + note;
   if (!terminal_) {
     WriteStderr(fmt::format("unmoor: {}: {}\n", label_, text));

@@ -1,4 +1,5 @@
-// ProgressBar: one line that grows on a terminal, a plain line every two seconds elsewhere.
+// ProgressBar: one line that grows on a terminal; elsewhere a plain line every two seconds, every
+// ten while the numbers are the same.
 //
 // Writes to stderr, so stdout stays for results. Says nothing at all when made silent (--json).
 // Calls may come from any one thread at a time.
@@ -29,6 +30,7 @@ class ProgressBar {
   bool terminal_;
   bool drawn_ = false;
   Nanos told_at_;
+  std::string told_;
 };
 
 // "1.2 GiB/s, 3 s left, longest pause 0.8 ms".

@@ -706,6 +706,8 @@ Result<SwapOutcome> LocalCarrier::SwapGuardedPieces(std::span<const WindowPiece>
     const WindowResult result =
         SwapGuarded(share_->watcher().fds(), piece, dirty_limit.value, StopLimit(), *room_);
     longest_guard_ = std::max(longest_guard_, Nanos(result.guard_ns));
+    const bool untouched = result.guard_ns == 0 && result.pause_ns == 0;
+    if (untouched && result.outcome == WindowResult::kSwapped) continue;  // done before, or gone
     UNMOOR_ASSIGN(const SwapOutcome outcome, Conclude(result));
     all.recopied += outcome.recopied;
     all.pause = std::max(all.pause, outcome.pause);

@@ -101,8 +101,8 @@ class Hazards {
   void MovesAwayAndBack() {
     const uint64_t page = memory_.pages() / 2 + 32;
     void* away = ::mmap(nullptr, kPageSize, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    void* moved = ::mremap(memory_.At(page), kPageSize, kPageSize, MREMAP_MAYMOVE | MREMAP_FIXED,
-                           away);
+    void* moved =
+        ::mremap(memory_.At(page), kPageSize, kPageSize, MREMAP_MAYMOVE | MREMAP_FIXED, away);
     Expect(moved == away, "mremap of a page");
     moved = ::mremap(away, kPageSize, kPageSize, MREMAP_MAYMOVE | MREMAP_FIXED, memory_.At(page));
     Expect(moved == memory_.At(page), "mremap of a page back");
@@ -299,6 +299,39 @@ TEST_F(EventsTest, ManyForksDuringARemap) {
   const auto status = WaitReady(pid, Nanos(40'000'000'000), {});
   ASSERT_TRUE(status);
   EXPECT_EQ(status->status, Status::kReady) << status->reason;
+  signals_->go = 1;
+  ExpectGoodEnd(pid);
+}
+
+// No plan lasts: two threads move a page of theirs away and back all the time.
+TEST_F(EventsTest, AProgramThatMovesItsMemoryWithoutPauseIsRemapped) {
+  const PageImage image = MakePageImage(directory_, 4096);
+  const Pid pid = StartSubject([&] {
+    Memory memory(image, *signals_);
+    const auto move = [&](uint64_t page) {
+      void* away = ::mmap(nullptr, kPageSize, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      while (signals_->go == 0) {
+        memory.Write(page);
+        const auto to = [&](void* from, void* place) {
+          return ::mremap(from, kPageSize, kPageSize, MREMAP_MAYMOVE | MREMAP_FIXED, place) ==
+                 place;
+        };
+        if (!to(memory.At(page), away) || !to(away, memory.At(page))) signals_->Fail("mremap");
+        memory.Check(page, "moved away and back");
+        ++signals_->laps;
+      }
+    };
+    std::thread first(move, 100);
+    std::thread second(move, 3000);
+    signals_->ready = 1;
+    while (signals_->go == 0) memory.Lap(1, 2, false);
+    first.join();
+    second.join();
+    memory.CheckAll("at the end");
+  });
+  AwaitReady(1);
+  EXPECT_EQ(AwaitEnd(StartRemap(pid, {})), 0) << remap_text();
+  ExpectReady(pid);
   signals_->go = 1;
   ExpectGoodEnd(pid);
 }

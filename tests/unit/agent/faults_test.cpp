@@ -8,6 +8,8 @@
 #include <random>
 #include <thread>
 
+#include "agent/progress_file.h"
+#include "agent/supervisor.h"
 #include "agent_fixture.h"
 #include "os/process_control.h"
 
@@ -38,8 +40,8 @@ class FaultsTest : public AgentTest {
     return pid;
   }
 
-  // Killed together, so that the supervisor starts no worker that knows nothing of this program; and
-  // not while a thread of the program executes a system call for one of them: that is the one
+  // Killed together, so that the supervisor starts no worker that knows nothing of this program;
+  // and not while a thread of the program executes a system call for one of them: that is the one
   // moment in which -9 harms the program (docs/guarantees.md).
   void KillAgents(Pid program) { KillUnlessBorrowing(program, FindProcesses("unmoor-agent")); }
 
@@ -55,9 +57,9 @@ class FaultsTest : public AgentTest {
       }
       const auto threads = ReadThreads(program);
       borrowing = threads && std::ranges::any_of(*threads, [&](Pid thread) {
-        const auto process = ReadProcess(thread);
-        return process && is_agent(process->tracer);
-      });
+                    const auto process = ReadProcess(thread);
+                    return process && is_agent(process->tracer);
+                  });
       for (const Pid agent : agents) (void)SendSignal(agent, borrowing ? SIGCONT : SIGKILL);
       if (borrowing) SleepFor(Nanos(200'000));
     }
@@ -186,6 +188,34 @@ TEST_F(FaultsTest, TheCommandsDeathDoesNotEndTheRemap) {
   EXPECT_EQ(status->status, Status::kReady) << status->reason;
   ExpectNoTraces(pid);
   signals_->go = 1;
+  ExpectGoodEnd(pid);
+}
+
+TEST_F(FaultsTest, ACommandThatDoesNotListenHoldsNobodyUp) {
+  constexpr int kForks = 400;  // more messages than a socket holds
+  const PageImage image = MakePageImage(directory_, 64);
+  const Pid pid = StartSubject([&] {
+    Memory memory(image, *signals_);
+    signals_->ready = 1;
+    while (signals_->go == 0) SleepFor(Nanos(200'000));
+    for (int i = 0; i < kForks; ++i) {
+      const pid_t child = ::fork();
+      if (child == 0) ::_exit(0);
+      ::waitpid(child, nullptr, 0);
+    }
+    signals_->ready = 2;
+  });
+  AwaitReady(1);
+  AgentOptions options;
+  options.remap = false;
+  const auto supervisor = StartSupervisor({{pid, false, false}}, WithGuard(options));
+  ASSERT_TRUE(supervisor) << supervisor.error().message();
+  ASSERT_TRUE(WaitUntil([&] {
+    const auto progress = ReadProgress(pid);
+    return progress && AgentAtWork(*progress);
+  }));
+  signals_->go = 1;
+  AwaitReady(2);
   ExpectGoodEnd(pid);
 }
 
