@@ -664,7 +664,7 @@ WindowPiece LocalCarrier::PieceOf(size_t index, VaddrRange range) const {
 // grows.
 int64_t LocalCarrier::StopLimit() const {
   const int64_t first = options_.max_pause.value * 3 / 4;
-  return std::max(first, std::min(kLongestStop, first << std::min(busy_in_a_row_ / 2, 12)));
+  return std::max(first, std::min(kLongestStop, first << std::min(lateness_ / 2, 12)));
 }
 
 Result<SwapOutcome> LocalCarrier::Swap(std::span<const Piece> pieces, PageCount dirty_limit) {
@@ -721,7 +721,10 @@ Result<SwapOutcome> LocalCarrier::Conclude(const WindowResult& result) {
   SwapOutcome outcome;
   outcome.pause = Nanos(result.pause_ns);
   outcome.recopied = PageCount(result.recopied);
-  if (result.outcome != WindowResult::kBusy) busy_in_a_row_ = 0;
+  if (result.outcome != WindowResult::kBusy) {
+    busy_since_ = Nanos();
+    lateness_ = std::max(lateness_ - 1, 0);  // as it was for this window, it is for the next
+  }
   switch (result.outcome) {
     case WindowResult::kSwapped:
       outcome.result = SwapResult::kSwapped;
@@ -737,7 +740,8 @@ Result<SwapOutcome> LocalCarrier::Conclude(const WindowResult& result) {
     case WindowResult::kBusy:
       break;
   }
-  if (busy_in_a_row_++ == 0) busy_since_ = MonotonicNow();
+  ++lateness_;
+  if (busy_since_.value == 0) busy_since_ = MonotonicNow();
   // A window in vain stops the program as a good one does; it shall run for most of the time.
   std::this_thread::sleep_for(std::chrono::nanoseconds(kRestAfterVain * result.pause_ns));
   if (MonotonicNow() - busy_since_ > kPatience) {

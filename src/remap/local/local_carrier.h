@@ -169,8 +169,9 @@ class LocalCarrier final : public Carrier {
   std::vector<WindowPiece> frozen_pieces_, guarded_pieces_;
   bool stale_ = false;
   bool end_run_ = false;
-  int busy_in_a_row_ = 0;
-  Nanos busy_since_;
+  int lateness_ = 0;  // grows with windows in vain
+  Nanos busy_since_;  // zero: not
+
   Nanos last_pin_check_;
   Nanos longest_guard_;
 };
