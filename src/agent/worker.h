@@ -67,7 +67,7 @@ class Worker final : public Carrier {
   void Pause(Nanos time) override;
 
  private:
-  static constexpr Nanos kFirstHold{2'000'000};
+  static constexpr Nanos kFirstHold{5'000'000};
   struct Mirror {
     Area area;
     Vaddr base;  // of area.range.begin
@@ -134,7 +134,7 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<> ConvertShortened(Vaddr end);
   [[nodiscard]] Result<> ConvertHeld(size_t area);
   [[nodiscard]] Result<> ConvertHot();
-  [[nodiscard]] Result<> ConvertPart();
+  [[nodiscard]] Result<> ConvertSmallest();
   [[nodiscard]] Result<> DropImagePart(VaddrRange part, int prot);
   void FindForkedChild(Fd uffd, const ThreadCalls& calls);
   [[nodiscard]] bool IsForked(Pid child) const;
@@ -182,6 +182,8 @@ class Worker final : public Carrier {
   Nanos held_since_;
   Nanos next_hold_;
   Nanos longest_hold_;
+  bool held_in_vain_ = false;
+  bool swap_next_ = false;  // the next hold is for a swap
   RemapCounts counts_;
   Nanos last_saved_;
   Nanos next_pin_check_;

@@ -36,8 +36,10 @@ constexpr Bytes kHeapReach(uint64_t{1} << 40);
 // with), and how many times that long the program then runs before it is held again.
 constexpr Nanos kLongestHold(100'000'000);
 constexpr int64_t kRunsAfterHoldInVain = 3;
-constexpr int kHotParts = 16;
-constexpr Bytes kHotPart(uint64_t{1} << 20);
+constexpr int kHotAreas = 16;
+constexpr Bytes kHotPart(uint64_t{2} << 20);
+constexpr Bytes kConvertWhole(uint64_t{64} << 20);
+constexpr int kPlansBeforeLargeAreas = 50;
 constexpr int kEventsAtOnce = 16;
 constexpr int kBlindLooks = 20;
 
@@ -78,6 +80,7 @@ bool Forks(const BlockedCall& call) {
 
 Result<bool> Worker::HandleEvents() {
   bool changed = std::exchange(stale_, false);
+  if (swap_next_) return changed;
   if (changed) spdlog::debug("XXDBG stale");
   // Bounded: threads that give memory back without pause always have the next event ready.
   for (int i = 0; i < kEventsAtOnce; ++i) {
@@ -136,7 +139,10 @@ Result<> Worker::HoldProgram(bool& changed) {
   for (const VaddrRange range : events.given_back) UNMOOR_TRY(Drop(range));
   for (const VaddrRange range : events.grown) UNMOOR_TRY(ZeroGrowth(range));
   for (const Vaddr end : events.cut) UNMOOR_TRY(ConvertShortened(end));
-  hold_limit_ = stopped ? kFirstHold : std::min(Nanos(hold_limit_.value * 2), kLongestHold);
+  // Follows the machine: where it is busy, threads need their time to stop.
+  held_in_vain_ = !stopped;
+  hold_limit_ = stopped ? std::max(Nanos(hold_limit_.value * 3 / 4), kFirstHold)
+                        : std::min(Nanos(hold_limit_.value * 2), kLongestHold);
   return stopped;
 }
 
@@ -192,8 +198,7 @@ Result<> Worker::ReleaseProgram() {
   const Nanos held = now - held_since_;
   longest_hold_ = std::max(longest_hold_, held);
   if (held <= options_.max_pause) return {};
-  const bool in_vain = hold_limit_ > kFirstHold;
-  next_hold_ = now + Nanos(held.value * (in_vain ? kRunsAfterHoldInVain : 1));
+  next_hold_ = now + Nanos(held.value * (held_in_vain_ ? kRunsAfterHoldInVain : 1));
   return {};
 }
 
@@ -346,26 +351,27 @@ Result<> Worker::ConvertHeld(size_t index) {
   return {};
 }
 
-// For a program that changes its mappings faster than a plan of them lasts: parts that can be
-// copied within about a pause are copied and swapped while it is held.
+// For a program that changes its mappings faster than a plan of them lasts: areas are
+// copied and swapped while it is held, small ones first.
 Result<> Worker::ConvertHot() {
   UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid_));
   RememberImages(vmas);
-  for (int i = 0; i < kHotParts && !program_ended(); ++i) {
+  for (int i = 0; i < kHotAreas && !program_ended(); ++i) {
     const Nanos now = MonotonicNow();
     if (now < next_hold_) SleepFor(next_hold_ - now);
     bool changed = false;
     Result<> done = HoldProgram(changed);
-    if (done) done = ConvertPart();
+    if (done) done = ConvertSmallest();
     UNMOOR_TRY(ReleaseProgram());
     if (!done && done.error().errnum() != EAGAIN) return done;
   }
   return {};
 }
 
-// The beginning of the first area, as it is now, whose flags were read a moment ago.
-Result<> Worker::ConvertPart() {
-  spdlog::debug("XXDBG hot part");
+// Of the areas as they are now, whose flags were read a moment ago; whole where the remapper would
+// swap it whole, for the sake of mremap.
+Result<> Worker::ConvertSmallest() {
+  spdlog::debug("XXDBG hot area");
   UNMOOR_ASSIGN(std::vector<VmaInfo> vmas, ReadMaps(pid_));
   std::erase_if(vmas, [&](VmaInfo& vma) {
     if (!MapsPageImage(vma)) return false;
@@ -378,11 +384,14 @@ Result<> Worker::ConvertPart() {
     return false;
   });
   std::vector<Area> areas = FindAreas(vmas, MapsPageImage, dropped_);
-  if (areas.empty()) return {};
-  Area& area = areas.front();
+  const auto smallest = std::ranges::min_element(
+      areas, {}, [](const Area& candidate) { return candidate.range.size(); });
+  if (smallest == areas.end()) return {};
+  Area& area = *smallest;
+  if (area.range.size() > kHotPart && plans_in_a_row_ < kPlansBeforeLargeAreas) return {};
   UNMOOR_TRY(FileOf(area));
   UNMOOR_TRY(MirrorFor(area));  // for all of it, so that its parts join again
-  area.range.end = std::min(area.range.end, area.range.begin + kHotPart);
+  if (area.range.size() > kConvertWhole) area.range.end = area.range.begin + kHotPart;
   for (const VmaInfo& vma : vmas) {
     const VaddrRange part = vma.range.Intersect(area.range);
     if (part.empty() || !MapsPageImage(vma)) continue;

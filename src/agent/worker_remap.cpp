@@ -67,6 +67,7 @@ size_t MaxMapCount() {
 
 Result<std::vector<Carrier::PlannedArea>> Worker::Plan() {
   stop_.Release();
+  swap_next_ = false;
   UNMOOR_TRY(CheckNoPinnedMemory());
   if (++plans_in_a_row_ > kPlansBeforeHold) UNMOOR_TRY(ConvertHot());
   for (int attempt = 0;; ++attempt) {
@@ -461,7 +462,8 @@ Result<helper::Reply> Worker::RunSwaps(const OpList& ops) {
 Result<SwapOutcome> Worker::Swap(std::span<const Piece> pieces, PageCount dirty_limit) {
   if (busy_in_a_row_ < kBusyBeforeHold) return SwapInWindow(pieces, dirty_limit);
   Result<SwapOutcome> outcome;  // busy
-  if (!MayHold()) return outcome;
+  swap_next_ = !MayHold();      // not for events once more
+  if (swap_next_) return outcome;
   const Nanos began = MonotonicNow();
   bool changed = false;
   const auto held = HoldProgram(changed);
