@@ -315,11 +315,8 @@ Result<bool> TryPostMessage(int socket, const AgentMessage& message) {
 Result<SupervisorHandle> StartSupervisor(const std::vector<SupervisorTask>& tasks,
                                          const AgentOptions& options) {
   UNMOOR_ASSIGN(StreamPair pair, CreateMessagePair());
-  UNMOOR_ASSIGN(
-      const std::optional<Pid> daemon,
-      ForkDaemon(pair.theirs.get(),
-                 std::getenv("DBGLOG") ? std::getenv("DBGLOG") : options.log_file, "unmoor-agent"));
-  if (std::getenv("DBGLOG")) InitLogging(2);  // XXDBG
+  UNMOOR_ASSIGN(const std::optional<Pid> daemon,
+                ForkDaemon(pair.theirs.get(), options.log_file, "unmoor-agent"));
   if (daemon) {
     pair.theirs.Reset();
     return SupervisorHandle{std::move(pair.ours), *daemon};

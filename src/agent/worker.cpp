@@ -281,6 +281,7 @@ bool Worker::LeftAddressSpace() const {
 
 Result<> Worker::Watch(Nanos limit, const std::function<bool()>& stop) {
   const Nanos began = MonotonicNow();
+  swap_next_ = false;
   for (int i = 1;
        !program_ended() && !stop() && (limit.value < 0 || MonotonicNow() - began < limit); ++i) {
     if (i % kExecCheckEvery == 0 && LeftAddressSpace()) return {};

@@ -81,7 +81,6 @@ bool Forks(const BlockedCall& call) {
 Result<bool> Worker::HandleEvents() {
   bool changed = std::exchange(stale_, false);
   if (swap_next_) return changed;
-  if (changed) spdlog::debug("XXDBG stale");
   // Bounded: threads that give memory back without pause always have the next event ready.
   for (int i = 0; i < kEventsAtOnce; ++i) {
     UNMOOR_ASSIGN(const bool waiting, WaitReadable(uffd_.get(), Nanos(0)));
@@ -104,10 +103,7 @@ Result<bool> Worker::HandleEvents() {
     if (!known) {
       const auto handled = HandleEventsStopped(changed);
       // A thread in a long vfork or disk transfer: the events wait, the other threads go on.
-      if (!handled && handled.error().errnum() == EAGAIN) {
-        spdlog::debug("XXDBG does not stop; changed {}", changed);
-        return changed;
-      }
+      if (!handled && handled.error().errnum() == EAGAIN) return changed;
       UNMOOR_TRY(handled);
       continue;
     }
@@ -204,7 +200,6 @@ Result<> Worker::ReleaseProgram() {
 
 // `calls`: as read before the event was.
 void Worker::NoteEvent(UffdEvent& event, const ThreadCalls& calls, bool& changed) {
-  spdlog::debug("XXDBG event {} {}", static_cast<int>(event.kind), event.range);
   if (event.kind == UffdEvent::Kind::kFork) FindForkedChild(std::move(event.child), calls);
   if (event.kind == UffdEvent::Kind::kUnmap || event.kind == UffdEvent::Kind::kRemap) {
     dropped_.Erase(event.range);
@@ -371,7 +366,6 @@ Result<> Worker::ConvertHot() {
 // Of the areas as they are now, whose flags were read a moment ago; whole where the remapper would
 // swap it whole, for the sake of mremap.
 Result<> Worker::ConvertSmallest() {
-  spdlog::debug("XXDBG hot area");
   UNMOOR_ASSIGN(std::vector<VmaInfo> vmas, ReadMaps(pid_));
   std::erase_if(vmas, [&](VmaInfo& vma) {
     if (!MapsPageImage(vma)) return false;

@@ -77,7 +77,6 @@ Result<std::vector<Carrier::PlannedArea>> Worker::Plan() {
     const int errnum = planned.error().errnum();
     const bool changed_meanwhile = errnum == EINVAL || errnum == ENOENT;
     if (!changed_meanwhile || attempt == kPlanAttempts || program_ended()) return planned;
-    spdlog::debug("XXDBG plan attempt {} failed: {}", attempt, planned.error().message());
     UNMOOR_TRY(HandleEvents());
   }
 }
@@ -99,8 +98,7 @@ Result<std::vector<Carrier::PlannedArea>> Worker::PlanOnce() {
   }
   UNMOOR_TRY(FreeMirrors());
   stale_ = false;
-  spdlog::debug("XXDBG plan {} areas, mirrors {}, owned {}", areas_.size(), mirrors_.size(),
-                owned_.size());
+  spdlog::debug("plan: {} areas", areas_.size());
   return areas_;
 }
 
@@ -510,7 +508,6 @@ Result<SwapOutcome> Worker::SwapInWindow(std::span<const Piece> pieces, PageCoun
   for (const Piece& piece : pieces) {
     UNMOOR_ASSIGN(const bool as_planned, AddChecks(ops, piece));
     if (!as_planned) {
-      spdlog::debug("XXDBG checks: stale");
       outcome.result = SwapResult::kStale;
       return outcome;
     }
