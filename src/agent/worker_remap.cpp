@@ -37,7 +37,8 @@ constexpr size_t kSpareMaps = 128;  // what the remap may need for itself
 constexpr Nanos kPinCheckInterval(50'000'000);
 constexpr int kPlanAttempts = 1000;
 constexpr unsigned long kOpenDirect = 040000;  // O_DIRECT
-constexpr int kBusyBeforeHold = 2;
+constexpr int kBusyBeforeHold = 2;             // with an event waiting
+constexpr int kBusyBeforeHoldInAnyCase = 10;
 constexpr int kPlansBeforeHold = 10;
 constexpr size_t kUnusedMirrors = 64;
 constexpr Nanos kSwapDeadline(250'000'000);
@@ -458,7 +459,10 @@ Result<helper::Reply> Worker::RunSwaps(const OpList& ops) {
 // the child of a vfork, and does not stop within a window: then the program is held first, with
 // more patience, its events handled, and the window follows at once.
 Result<SwapOutcome> Worker::Swap(std::span<const Piece> pieces, PageCount dirty_limit) {
-  if (busy_in_a_row_ < kBusyBeforeHold) return SwapInWindow(pieces, dirty_limit);
+  UNMOOR_ASSIGN(const bool waiting, WaitReadable(uffd_.get(), Nanos(0)));
+  if (busy_in_a_row_ < (waiting ? kBusyBeforeHold : kBusyBeforeHoldInAnyCase)) {
+    return SwapInWindow(pieces, dirty_limit);
+  }
   Result<SwapOutcome> outcome;  // busy
   swap_next_ = !MayHold();      // not for events once more
   if (swap_next_) return outcome;
