@@ -18,6 +18,7 @@ namespace unmoor {
 
 constexpr Nanos kStopPatience(3'000'000'000);
 constexpr Nanos kCopyPatience(60'000'000'000);
+constexpr const char* kHelperEnded = "the helper ended";
 
 using helper::Op;
 using helper::OpKind;
@@ -120,7 +121,9 @@ Result<> HelperLink::SendOps(std::span<const Op> ops, int passed_fd) {
   const helper::MessageHeader header{static_cast<uint32_t>(ops.size()), 0};
   std::memcpy(message.data(), &header, sizeof(header));
   std::memcpy(message.data() + sizeof(header), ops.data(), ops.size_bytes());
-  return SendMessage(socket_.get(), message, passed_fd, "the helper");
+  const auto sent = SendMessage(socket_.get(), message, passed_fd, "the helper");
+  if (!sent && sent.error().errnum() == ECONNRESET) return SystemError(EPIPE, kHelperEnded);
+  return sent;
 }
 
 Result<Reply> HelperLink::RunMessage(std::span<const Op> ops, int passed_fd) {
@@ -155,10 +158,12 @@ Result<Reply> HelperLink::NoAnswer() {
 
 Result<Reply> HelperLink::ReceiveReply() {
   Reply reply{};
-  UNMOOR_ASSIGN(
-      const ReceivedMessage received,
-      ReceiveMessage(socket_.get(), std::as_writable_bytes(std::span(&reply, 1)), "the helper"));
-  if (received.size != sizeof(reply)) return SystemError(EPIPE, "the helper ended");
+  const auto received =
+      ReceiveMessage(socket_.get(), std::as_writable_bytes(std::span(&reply, 1)), "the helper");
+  // Reset: it ended without reading what we had sent.
+  const bool reset = !received && received.error().errnum() == ECONNRESET;
+  if (!received && !reset) return Failure(received.error());
+  if (reset || received->size != sizeof(reply)) return SystemError(EPIPE, kHelperEnded);
   return reply;
 }
 
