@@ -1,0 +1,24 @@
+// Which image directory a running program was last restored from or dumped into.
+//
+// A small file per process in the runtime directory, for the next dump to find its parent by. Only
+// a hint: the program may have changed in any way since, the directory may be gone or replaced.
+// Never an error.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "base/units.h"
+
+namespace unmoor {
+
+struct KnownImage {
+  std::string directory;  // absolute
+  std::string checkpoint_id;
+};
+
+// Also forgets those of processes that have ended.
+void RememberImage(Pid pid, const KnownImage& image);
+[[nodiscard]] std::optional<KnownImage> FindKnownImage(Pid pid);
+
+}  // namespace unmoor
