@@ -704,9 +704,13 @@ Result<SwapOutcome> LocalCarrier::SwapGuardedPieces(std::span<const WindowPiece>
   all.result = SwapResult::kSwapped;
   for (const WindowPiece& piece : pieces) {
     const WindowResult result =
-        SwapGuarded(share_->watcher().fds(), piece, dirty_limit.value, StopLimit(), *room_);
+        SwapGuarded(share_->watcher().fds(), piece, dirty_limit.value, *room_);
     longest_guard_ = std::max(longest_guard_, Nanos(result.guard_ns));
-    const bool untouched = result.guard_ns == 0 && result.pause_ns == 0;
+    if (result.outcome == WindowResult::kUnguardable) {
+      frozen_pieces_.push_back(piece);
+      continue;
+    }
+    const bool untouched = result.guard_ns == 0;
     if (untouched && result.outcome == WindowResult::kSwapped) continue;  // done before, or gone
     UNMOOR_ASSIGN(const SwapOutcome outcome, Conclude(result));
     all.recopied += outcome.recopied;
@@ -738,9 +742,10 @@ Result<SwapOutcome> LocalCarrier::Conclude(const WindowResult& result) {
     case WindowResult::kFailed:
       return SystemError(result.error, "cannot swap a batch");
     case WindowResult::kBusy:
+    case WindowResult::kUnguardable:
       break;
   }
-  ++lateness_;
+  lateness_ += 3;
   if (busy_since_.value == 0) busy_since_ = MonotonicNow();
   // A window in vain stops the program as a good one does; it shall run for most of the time.
   std::this_thread::sleep_for(std::chrono::nanoseconds(kRestAfterVain * result.pause_ns));

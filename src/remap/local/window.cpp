@@ -688,14 +688,17 @@ WindowResult SwapFrozen(const Descriptors& fds, const WindowPiece* pieces, uint3
 }
 
 WindowResult SwapGuarded(const Descriptors& fds, const WindowPiece& piece, uint64_t dirty_limit,
-                         int64_t stop_limit_ns, WindowRoom& room) {
+                         WindowRoom& room) {
   locks.window.Acquire();
   locks.address_space.Acquire();
   WindowResult result;
   Hurry(true);
   ServeEventsLocked(fds);
-  if ((piece.protection & kWrite) == 0 || !MayGuard(fds, piece)) {
-    result = SwapFrozenLocked(fds, &piece, 1, dirty_limit, stop_limit_ns, room);
+  uint32_t parts = 0;
+  if (CollectParts(fds, &piece, 1, room, parts, result.skipped) == 0 && parts == 0) {
+    result.outcome = WindowResult::kSwapped;  // by an attempt before; or gone
+  } else if ((piece.protection & kWrite) == 0 || !MayGuard(fds, piece)) {
+    result.outcome = WindowResult::kUnguardable;
   } else {
     result = SwapGuardedLocked(fds, piece, dirty_limit, room);
   }

@@ -85,7 +85,14 @@ struct WindowRoom {
 };
 
 struct WindowResult {
-  enum Outcome : uint32_t { kSwapped, kBusy, kTooDirty, kStale, kFailed } outcome = kBusy;
+  enum Outcome : uint32_t {
+    kSwapped,
+    kBusy,
+    kTooDirty,
+    kStale,
+    kUnguardable,  // a thread's stack or storage lies there, or a thread could not be woken
+    kFailed
+  } outcome = kBusy;
   int32_t error = 0;        // errno of kFailed
   int32_t late_thread = 0;  // of kBusy
   uint32_t recopied = 0;    // pages
@@ -98,9 +105,9 @@ struct WindowResult {
 // more are skipped.
 WindowResult SwapFrozen(const Descriptors& fds, const WindowPiece* pieces, uint32_t count,
                         uint64_t dirty_limit, int64_t stop_limit_ns, WindowRoom& room);
-// One small piece under the read-only guard; frozen where that cannot be.
+// One small piece under the read-only guard.
 WindowResult SwapGuarded(const Descriptors& fds, const WindowPiece& piece, uint64_t dirty_limit,
-                         int64_t stop_limit_ns, WindowRoom& room);
+                         WindowRoom& room);
 
 // --- events -------------------------------------------------------------------------------------
 
