@@ -24,7 +24,7 @@ constexpr long kMoveFixedDontUnmap = 1 | 2 | 4;  // MREMAP_…
 constexpr long kDontNeed = 4;                    // MADV_…
 constexpr uint32_t kMaxImages = 1024, kMaxMirrors = 4096, kMaxTracked = 1024;
 constexpr int kEventsAtOnce = 64;
-constexpr int64_t kDetachLimit = 20'000'000;
+constexpr int64_t kDetachLimit = 1'000'000'000;
 constexpr int64_t kSettleLimit = 1'000'000'000;
 constexpr long kEstale = 116, kE2big = 7;
 
