@@ -172,6 +172,7 @@ class Worker final : public Carrier {
   std::vector<Mirror> mirrors_;
   std::vector<PlannedArea> areas_;
   RangeSet dropped_;
+  std::set<uint64_t> cuts_;  // where VMAs may have been shortened, not looked at yet
   Bytes dropped_bytes_;
   Bytes converted_;  // swapped while the program was held, without the remapper
   std::set<int> known_children_;

@@ -134,7 +134,14 @@ Result<> Worker::HoldProgram(bool& changed) {
   // Whatever went wrong, what the events said happens before anybody runs.
   for (const VaddrRange range : events.given_back) UNMOOR_TRY(Drop(range));
   for (const VaddrRange range : events.grown) UNMOOR_TRY(ZeroGrowth(range));
-  for (const Vaddr end : events.cut) UNMOOR_TRY(ConvertShortened(end));
+  // But not what needs everybody to stand still: a thread that does not stop may be in a transfer,
+  // or in a vfork, by which memory changes that is just being copied.
+  for (const Vaddr end : events.cut) cuts_.insert(end.value);
+  while (stopped && !cuts_.empty()) {
+    const Vaddr end(*cuts_.begin());
+    cuts_.erase(cuts_.begin());
+    UNMOOR_TRY(ConvertShortened(end));
+  }
   // Follows the machine: where it is busy, threads need their time to stop.
   held_in_vain_ = !stopped;
   hold_limit_ = stopped ? std::max(Nanos(hold_limit_.value * 3 / 4), kFirstHold)
@@ -150,7 +157,8 @@ Result<> Worker::StopAndRead(HeldEvents& events, bool& changed) {
     UNMOOR_ASSIGN(const int64_t late, link_.Must(hold, "cannot stop the program's threads"));
     if (late == 0) return {};
     UNMOOR_ASSIGN(const bool waiting, WaitReadable(uffd_.get(), Nanos(0)));
-    if (!waiting && MonotonicNow() - began > hold_limit_) {
+    const Nanos limit = events.cut.empty() ? hold_limit_ : kLongestHold;
+    if (!waiting && MonotonicNow() - began > limit) {
       return Failure(Error(ErrorKind::kMachine, EAGAIN,
                            fmt::format("a thread of process {} does not stop", pid_.value)));
     }
