@@ -23,6 +23,7 @@ ROOMS = {
     "library": LOW | {"remap"},
     "agent": LOW | {"remap"},
     "criu": LOW,
+    "store": LOW | {"criu"},
     "checkpoint": LOW | {"remap", "agent", "criu"},
     "restore": LOW | {"remap", "agent", "criu"},
 }

@@ -157,6 +157,9 @@ Result<Publisher> Publisher::Begin(const std::string& dir) {
   UNMOOR_ASSIGN(const Fd parent_lock, LockParent(place.parent));
   UNMOOR_TRY(RemoveLeftovers(place));
   Publisher publisher;
+  if (place.exists) {
+    UNMOOR_ASSIGN(publisher.target_lock_, DirectoryLock::Take(place.target(), LockUse::kWrite));
+  }
   publisher.parent_ = place.parent;
   publisher.target_ = place.target();
   UNMOOR_ASSIGN(publisher.partial_, MakeTemporaryDirectory(place.parent, place.partial_prefix()));
@@ -170,7 +173,7 @@ Publisher::Publisher(Publisher&& other) noexcept
       target_(std::move(other.target_)),
       partial_(std::exchange(other.partial_, {})),
       lock_(std::move(other.lock_)),
-      replaced_lock_(std::move(other.replaced_lock_)) {}
+      target_lock_(std::move(other.target_lock_)) {}
 
 // After Publish() the partial name is gone, or that of the older checkpoint whose removal failed.
 Publisher::~Publisher() {
@@ -188,8 +191,10 @@ Result<> Publisher::MoveIntoPlace() {
   if (!IsCheckpointDirectory(target_)) {
     return UserError("{} was filled by somebody else meanwhile; nothing was published", target_);
   }
-  // Locked, so that nobody takes the older one for left over while it is being removed.
-  UNMOOR_ASSIGN(replaced_lock_, LockDirectory(target_));
+  // Held until it is removed, too, so that nobody takes the older one for left over.
+  if (!target_lock_.held()) {
+    UNMOOR_ASSIGN(target_lock_, DirectoryLock::Take(target_, LockUse::kWrite));
+  }
   auto exchanged = RenameExchange(partial_, target_);
   if (exchanged || exchanged.error().errnum() != EINVAL) return exchanged;
   return UserError("the file system of {} cannot exchange directories; give a new directory",
@@ -204,10 +209,10 @@ Result<> Publisher::Publish(bool sync) {
   UNMOOR_TRY(MoveIntoPlace());
   if (sync) UNMOOR_TRY(SyncPath(parent_));
   UNMOOR_TRY(FaultPoint("publish.after_rename"));
+  lock_.Reset();  // of what is DIR now: it can be read
   UNMOOR_TRY(RemoveTree(partial_));
   partial_.clear();
-  lock_.Reset();
-  replaced_lock_.Reset();
+  target_lock_.Release();
   return {};
 }
 

@@ -10,13 +10,15 @@
 // DIR is untouched. Destroying an unpublished Publisher removes the partial directory.
 //
 // Two commands cannot publish to one DIR at once: the partial directory is flock'ed by its owner.
-// One that nobody holds is left over from a killed command; Begin removes it. One thread.
+// One that nobody holds is left over from a killed command; Begin removes it. A DIR that exists is
+// locked for writing from Begin on, so nobody reads it while it is exchanged. One thread.
 // Fault points: publish.before_sync, publish.before_rename, publish.after_rename.
 #pragma once
 
 #include <string>
 
 #include "base/result.h"
+#include "image/directory_lock.h"
 #include "os/fd.h"
 
 namespace unmoor {
@@ -47,7 +49,7 @@ class Publisher {
   std::string target_;
   std::string partial_;  // empty: moved from
   Fd lock_;              // of the partial directory
-  Fd replaced_lock_;     // of the older checkpoint, while it is removed
+  DirectoryLock target_lock_;  // of the older checkpoint, until it is removed
 };
 
 // True when every entry of `dir` is one a checkpoint of ours has, and the manifest is among them.

@@ -15,6 +15,7 @@
 #include "criu/runner.h"
 #include "image/layer_reader.h"
 #include "image/layout.h"
+#include "image/directory_lock.h"
 #include "image/manifest.h"
 #include "os/file.h"
 #include "os/process_control.h"
@@ -114,6 +115,7 @@ class Restorer {
   Manifest manifest_;
   std::vector<LayerReader> layers_;
   RestorePlan plan_;
+  DirectoryLock lock_;  // until criu has read everything
   RestoreReport report_;
 };
 
@@ -253,6 +255,7 @@ Result<RestoredProgram> Restorer::Run() {
     (void)BecomeSubreaper();
     KillDescendants();
     return Failure(Error(error.kind(), error.errnum(), error.message() + "; nothing was restored"));
+  UNMOOR_ASSIGN(lock_, DirectoryLock::Take(options_.directory, LockUse::kRead));
   };
   if (auto ran = RunCriu(view, interrupt); !ran) {
     if (ran.error().message().starts_with("criu")) view.KeepLog();
@@ -282,6 +285,7 @@ Result<RestoredProgram> Restorer::Run() {
   }
   return RestoredProgram(std::move(report_), std::move(*pidfd), std::move(interrupt));
 }
+  lock_.Release();
 
 }  // namespace
 

@@ -46,6 +46,10 @@ Action ConfigureRemap(CLI::App& app);
 Action ConfigureStatus(CLI::App& app);
 Action ConfigureWait(CLI::App& app);
 Action ConfigureShow(CLI::App& app);
+Action ConfigureVerify(CLI::App& app);
+Action ConfigureLog(CLI::App& app);
+Action ConfigureRemove(CLI::App& app);
+Action ConfigureCollect(CLI::App& app);
 Action ConfigureVersion(CLI::App& app);
 
 // The first line of --help: "Usage: unmoor dump -t PID …".

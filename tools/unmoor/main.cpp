@@ -21,6 +21,11 @@ constexpr CommandEntry kCommands[] = {
      ConfigureStatus, 3},
     {"wait", "Wait until a process is READY", false, ConfigureWait, 3},
     {"show", "What an image directory holds", false, ConfigureShow},
+    {"verify", "Is an image directory undamaged; repair it from a copy", false, ConfigureVerify},
+    {"log", "The generations in a store: when, after which, how much was written", false,
+     ConfigureLog},
+    {"rm", "Remove image directories", false, ConfigureRemove},
+    {"gc", "Remove what killed commands left in a store", false, ConfigureCollect},
     {"check", "What works on this machine, what not, and what to do", false, ConfigureCheck},
     {"version", "Print the version", false, ConfigureVersion},
 };
@@ -28,7 +33,7 @@ constexpr CommandEntry kCommands[] = {
 constexpr char kFooter[] =
     "\nunmoor COMMAND --help tells more. Exit codes: 0 success, 1 the machine failed, 2 wrong "
     "use;\n"
-    "status and wait: 0 READY, 1 LATER, 2 NEVER, 3 error.\n"
+    "status and wait: 0 READY, 1 LATER, 2 NEVER, 3 error; verify: 3 damaged.\n"
     "\nA first round:\n"
     "  unmoor check\n"
     "  unmoor dump -t 4711 -D /var/tmp/image\n"
