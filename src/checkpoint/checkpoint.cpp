@@ -4,14 +4,17 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
 #include <utility>
 
+#include "agent/known_image.h"
 #include "base/fault_point.h"
 #include "base/log.h"
 #include "checkpoint/page_router.h"
+#include "checkpoint/parent.h"
 #include "criu/metadata.h"
 #include "criu/runner.h"
 #include "image/layout.h"
@@ -115,6 +118,8 @@ class Dumper {
 
  private:
   [[nodiscard]] Result<> CheckDirectory();
+  [[nodiscard]] Result<> OpenParent();
+  [[nodiscard]] Result<> LinkParentLayers(const std::string& directory) const;
   [[nodiscard]] Result<> FinishRemap();
   [[nodiscard]] Result<> FinishRemapOf(Pid pid);
   [[nodiscard]] Bytes ExpectedBytes() const;
@@ -123,11 +128,15 @@ class Dumper {
   [[nodiscard]] criu::CriuCommand Command(const Publisher& publisher, int socket) const;
   [[nodiscard]] Result<Manifest> MakeManifest(const std::string& directory,
                                               const PageRouter& router) const;
+  // Fills in where the pages of the mapped VMAs are, and the layers.
+  [[nodiscard]] Result<> DescribeLayers(Manifest& manifest, const std::string& directory,
+                                        const PageRouter& router) const;
   [[nodiscard]] Result<> Publish(Publisher& publisher, const PageRouter& router);
 
   const CheckpointOptions& options_;
   const CheckpointObserver& observer_;
   CheckpointReport report_;
+  std::optional<Parent> parent_;
   std::string log_path_;
   std::string criu_version_;
 };
@@ -156,6 +165,51 @@ Result<> Dumper::FinishRemapOf(Pid pid) {
 Result<> Dumper::CheckDirectory() {
   UNMOOR_ASSIGN(const InterruptFd interrupt, InterruptFd::Create());
   return Publisher::Begin(options_.directory).map([](const Publisher&) {});
+}
+
+// One that was asked for must be usable; one we only know of is taken if it is.
+Result<> Dumper::OpenParent() {
+  if (options_.full) return {};
+  if (options_.parent) {
+    auto parent = Parent::Open(*options_.parent);
+    if (!parent) {
+      return Failure(Error(parent.error().kind(), parent.error().errnum(),
+                           fmt::format("{} (--prev-images-dir); nothing was touched",
+                                       parent.error().message())));
+    }
+    parent_.emplace(*std::move(parent));
+    return {};
+  }
+  const auto known = FindKnownImage(options_.pid);
+  if (!known || !Exists(known->directory)) return {};
+  auto parent = Parent::Open(known->directory);
+  if (!parent) {
+    spdlog::warn("{}; dumping in full", parent.error().message());
+  } else if (parent->manifest().checkpoint_id == known->checkpoint_id) {
+    parent_.emplace(*std::move(parent));
+  }
+  return {};
+}
+
+// Before the program is touched: a disk that is too small for copies fails the dump then.
+Result<> Dumper::LinkParentLayers(const std::string& directory) const {
+  if (!parent_) return {};
+  bool told = false;
+  for (const LayerReader& layer : parent_->layers()) {
+    const std::string pages = LayerPagesPath(directory, layer.id());
+    UNMOOR_TRY(LinkOrCopyFile(layer.pages_fd().get(), pages));
+    UNMOOR_TRY(LinkOrCopyFile(layer.index_fd().get(), LayerIndexPath(directory, layer.id())));
+    UNMOOR_ASSIGN(const struct stat ours, Stat(pages));
+    UNMOOR_ASSIGN(const struct stat theirs, StatFd(layer.pages_fd().get(), layer.pages_path()));
+    if (ours.st_ino == theirs.st_ino && ours.st_dev == theirs.st_dev) continue;
+    UNMOOR_TRY(SyncPath(pages));
+    UNMOOR_TRY(SyncPath(LayerIndexPath(directory, layer.id())));
+    if (!std::exchange(told, true)) {
+      spdlog::warn("the layers of {} cannot be linked into {} and were copied",
+                   parent_->directory(), options_.directory);
+    }
+  }
+  return {};
 }
 
 Result<> Dumper::FinishRemap() {
@@ -282,10 +336,7 @@ Result<Manifest> Dumper::MakeManifest(const std::string& directory,
   manifest.page_size = host.page_size;
   manifest.cpu_features = host.cpu_features;
   manifest.root_vpid = tasks.front().vpid;
-  if (const auto& layer = router.layer()) {
-    manifest.layers.push_back(
-        {layer->id, layer->file_size, layer->data_bytes, layer->allocated, layer->index_checksum});
-  }
+  if (parent_) manifest.parent_id = parent_->manifest().checkpoint_id;
   for (const criu::Task& task : tasks) {
     ManifestTask entry;
     entry.vpid = task.vpid;
@@ -305,23 +356,96 @@ Result<Manifest> Dumper::MakeManifest(const std::string& directory,
     }
     manifest.tasks.push_back(std::move(entry));
   }
-  if (!router.layer()) return manifest;
-  for (const Extent& extent : router.layer()->extents) {
-    for (ManifestTask& task : manifest.tasks) {
-      if (task.vpid != extent.task_vpid) continue;
-      for (ManifestVma& vma : task.vmas) {
-        if (vma.range != extent.range) continue;
+  UNMOOR_TRY(DescribeLayers(manifest, directory, router));
+  return manifest;
+}
+
+Result<> Dumper::DescribeLayers(Manifest& manifest, const std::string& directory,
+                                const PageRouter& router) const {
+  if (!router.layer()) return {};
+  const LayerInfo& fresh = *router.layer();
+  std::vector<const LayerInfo*> infos;  // of manifest.layers
+  std::map<uint32_t, uint32_t> parents;  // the parent's index -> ours
+  std::optional<uint32_t> own;
+  const auto use_parents = [&](uint32_t index) {
+    const auto [known, first] =
+        parents.try_emplace(index, static_cast<uint32_t>(manifest.layers.size()));
+    if (first) {
+      manifest.layers.push_back(parent_->manifest().layers[index]);
+      infos.push_back(&parent_->layers()[index].info());
+    }
+    return known->second;
+  };
+  const auto use_own = [&] {
+    if (!own) {
+      own = static_cast<uint32_t>(manifest.layers.size());
+      manifest.layers.push_back(
+          {fresh.id, fresh.file_size, fresh.data_bytes, fresh.allocated, fresh.index_checksum});
+      infos.push_back(&fresh);
+    }
+    return *own;
+  };
+  std::map<std::pair<uint32_t, Vaddr>, const Extent*> extents;
+  for (const Extent& extent : fresh.extents) {
+    extents.emplace(std::pair{extent.task_vpid, extent.range.begin}, &extent);
+  }
+  for (ManifestTask& task : manifest.tasks) {
+    const auto routed = router.tasks().find(task.vpid);
+    if (routed == router.tasks().end()) continue;
+    size_t at = 0;  // in the plan, of which the manifest may lack some
+    for (ManifestVma& vma : task.vmas) {
+      while (routed->second.plan[at].vma.range != vma.range) ++at;
+      if (vma.kind != VmaKind::kMapped) continue;
+      const Extent& extent = *extents.at({task.vpid, vma.range.begin});
+      if (const auto& base = routed->second.bases[at]) {
+        vma.layer = use_parents(base->vma.layer);
+        vma.offset = base->vma.offset;
+        for (const ManifestDelta& delta : base->vma.deltas) {
+          vma.deltas.push_back({use_parents(delta.layer), delta.offset});
+        }
+        if (extent.data > Bytes(0)) vma.deltas.push_back({use_own(), extent.offset});
+      } else {
+        vma.layer = use_own();
         vma.offset = extent.offset;
-        vma.data = extent.data;  // zero pages became holes
       }
     }
   }
-  return manifest;
+  const Overlay overlay(infos, directory);
+  for (ManifestTask& task : manifest.tasks) {
+    for (ManifestVma& vma : task.vmas) {
+      if (vma.kind != VmaKind::kMapped) continue;
+      UNMOOR_ASSIGN(const VmaPages pages, overlay.Resolve(task.vpid, vma));
+      vma.data = pages.data;  // zero pages became holes
+    }
+  }
+  return {};
+}
+
+// What was linked or written and no VMA needs.
+Result<> RemoveUnusedLayers(const Manifest& manifest, const std::string& directory) {
+  UNMOOR_ASSIGN(const std::vector<std::string> names, ListDirectory(LayersDirectory(directory)));
+  for (const std::string& name : names) {
+    const std::string id = name.substr(0, name.find('.'));
+    if (std::ranges::find(manifest.layers, id, &ManifestLayer::id) != manifest.layers.end()) {
+      continue;
+    }
+    UNMOOR_TRY(RemoveFile(LayersDirectory(directory) + "/" + name));
+  }
+  return {};
 }
 
 Result<> Dumper::Publish(Publisher& publisher, const PageRouter& router) {
   UNMOOR_ASSIGN(report_.manifest, MakeManifest(publisher.path(), router));
+  UNMOOR_TRY(RemoveUnusedLayers(report_.manifest, publisher.path()));
   UNMOOR_TRY(WriteManifest(publisher.path(), report_.manifest));
+  for (const ManifestLayer& layer : report_.manifest.layers) {
+    const bool fresh = router.layer() && layer.id == router.layer()->id;
+    if (fresh) report_.written = layer.data;
+    if (!fresh) report_.parent = parent_->directory();
+  }
+  if (parent_ && !report_.parent) {
+    spdlog::warn("nothing of {} was of use; dumped in full", parent_->directory());
+  }
   return publisher.Publish();
 }
 
@@ -332,12 +456,14 @@ Result<CheckpointReport> Dumper::Run() {
                 criu::FindCriu(options_.criu, criu::VersionCheck::kNow));
   if (criu.version) criu_version_ = criu::ToString(*criu.version);
   UNMOOR_TRY(CheckDirectory());
+  UNMOOR_TRY(OpenParent());
   UNMOOR_TRY(FinishRemap());  // a Ctrl-C may simply end us here
   UNMOOR_ASSIGN(InterruptFd interrupt, InterruptFd::Create());
   UNMOOR_ASSIGN(Publisher publisher, Publisher::Begin(options_.directory));
 
   UNMOOR_TRY(MakeDirectory(CriuDirectory(publisher.path()), 0700));
   UNMOOR_TRY(MakeDirectory(LayersDirectory(publisher.path()), 0700));
+  UNMOOR_TRY(LinkParentLayers(publisher.path()));
   const char* const temporary = std::getenv("TMPDIR");
   UNMOOR_ASSIGN(const std::string log_directory,
                 MakeTemporaryDirectory(temporary != nullptr ? temporary : "/tmp", "unmoor-dump-"));
@@ -350,6 +476,7 @@ Result<CheckpointReport> Dumper::Run() {
   UNMOOR_ASSIGN(routing.layer_id, NewId());
   routing.sync = !options_.leave_running;
   routing.plan = options_.plan;
+  if (parent_) routing.parent = &*parent_;
   if (observer_.dumping) {
     routing.progress = [this, expected = ExpectedBytes()](Bytes done) {
       observer_.dumping(done, std::max(done, expected));
@@ -388,6 +515,9 @@ Result<CheckpointReport> Dumper::Run() {
   for (const ManifestLayer& layer : report_.manifest.layers) report_.allocated += layer.allocated;
   report_.allocated += router.criu_bytes();
   report_.elapsed = MonotonicNow() - begin;
+  if (options_.leave_running) {
+    RememberImage(options_.pid, {report_.directory, report_.manifest.checkpoint_id});
+  }
   return std::move(report_);
 }
 

@@ -2,7 +2,9 @@
 //
 // Checks what the user asked for, finishes a pending remap, runs `criu dump` with ourselves as its
 // page server (page_router.h), compares CRIU's metadata with our plan, writes the manifest and
-// publishes. Whatever fails before criu has exited with 0, the program runs on as if nothing had
+// publishes. After a parent (parent.h) only what differs is written; the parent's layers are linked
+// into the new directory before the program is touched, and those not needed removed at the end.
+// Whatever fails before criu has exited with 0, the program runs on as if nothing had
 // happened and no directory is left; what fails after it (the program may be gone) keeps the
 // complete data and says where.
 //
@@ -27,6 +29,10 @@ struct CheckpointOptions {
   std::string directory;
   bool leave_running = false;
   Nanos remap_timeout{-1};  // how long to wait for a pending remap; negative: for ever
+  // The checkpoint to write only the differences from; it must be usable. Without one, the image
+  // the program came from is taken if it is still there, unless `full`.
+  std::optional<std::string> parent;
+  bool full = false;
   std::optional<std::string> criu;
   std::vector<std::string> criu_arguments;
   std::string tool_version;
@@ -49,6 +55,8 @@ struct CheckpointReport {
   Nanos elapsed;
   Bytes allocated;  // on disk, the whole directory's pages
   bool remapped_first = false;
+  std::optional<std::string> parent;  // of which layers are used; nothing: a full dump
+  Bytes written;                      // pages in the new layer
 };
 
 [[nodiscard]] Result<CheckpointReport> Dump(const CheckpointOptions& options,

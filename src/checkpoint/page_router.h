@@ -5,6 +5,11 @@
 // pagemap and pages images in CRIU's format. Close() makes everything durable when asked to, and
 // only then does CRIU get its answer.
 //
+// With a parent (parent.h) the layer is a delta: of a VMA that stands on the parent's layers only
+// pages that differ from them are written, and pages the parent shows but CRIU does not send
+// (given back, never touched again) are written as pages of zeros, so that none of the parent's
+// bytes can show through.
+//
 // Used by the thread of criu::PageServer::Run; read by others only after Run has returned. The
 // first failure is kept: it, not CRIU's complaint about it, is what the user should read.
 #pragma once
@@ -15,6 +20,7 @@
 #include <string>
 #include <vector>
 
+#include "checkpoint/parent.h"
 #include "checkpoint/plan.h"
 #include "criu/page_images.h"
 #include "criu/page_server.h"
@@ -27,6 +33,8 @@ struct RoutedTask {
   Pid pid;
   std::vector<PlannedVma> plan;
   std::vector<Bytes> saved;  // of each VMA of the plan: bytes of pages received
+  std::vector<std::optional<ParentBase>> bases;  // of each VMA: what it stands on
+  Vaddr settled;  // the parent's pages below it have been received or hidden
 };
 
 class PageRouter : public criu::PageSink {
@@ -38,6 +46,7 @@ class PageRouter : public criu::PageSink {
     std::string layer_id;
     bool sync = true;  // Close() returns when all is on disk
     CheckpointPlanOptions plan;
+    const Parent* parent = nullptr;
     std::function<void(Bytes)> progress;  // bytes received so far; now and then
   };
   explicit PageRouter(Options options)
@@ -60,6 +69,10 @@ class PageRouter : public criu::PageSink {
   [[nodiscard]] Result<> OpenTask(uint32_t vpid);
   [[nodiscard]] Result<> RoutePages(criu::PageStreamId id, Vaddr at, uint32_t flags,
                                     std::span<const std::byte> data);
+  [[nodiscard]] Result<> WriteToLayer(uint32_t vpid, const RoutedTask& task, size_t vma, Vaddr at,
+                                      std::span<const std::byte> data);
+  // Hides the pages the parent shows below `end` and that have not come.
+  [[nodiscard]] Result<> HideVanished(uint32_t vpid, RoutedTask& task, Vaddr end);
   [[nodiscard]] Result<> Finish();
   Result<> Keep(Result<> result);
 
@@ -76,6 +89,7 @@ class PageRouter : public criu::PageSink {
     std::vector<std::byte> data;
   };
   std::vector<FirstPage> first_pages_;
+  std::vector<std::byte> parent_bytes_;
   std::optional<LayerInfo> layer_;
   std::optional<Error> first_error_;
   Bytes received_;

@@ -93,28 +93,44 @@ Result<> PageImageWriter::Finish(bool sync) {
       return MachineError("{}: {} is left without any page, which criu does not restore",
                           directory_, ToString(id));
     }
-    ImageBuilder builder(ImageType::kPagemap);
-    proto::PagemapHead head;
-    head.set_pages_id(stream.pages_id);
-    builder.Append(head.SerializeAsString());
+    std::vector<PagemapEntry> entries;
     for (const Entry& entry : stream.entries) {
-      proto::PagemapEntry message;
-      message.set_vaddr(entry.begin);
-      // Both counts: criu before 4.2 knows the first one only.
-      message.set_compat_nr_pages(entry.pages <= UINT32_MAX ? static_cast<uint32_t>(entry.pages)
-                                                            : 0);
-      message.set_flags(entry.flags);
-      message.set_nr_pages(entry.pages);
-      builder.Append(message.SerializeAsString());
+      const Vaddr begin(entry.begin);
+      entries.push_back({{begin, begin + Bytes(entry.pages * kPageSize)}, entry.flags, {}});
     }
     const std::string path = directory_ + "/" + PagemapName(id);
-    UNMOOR_TRY(WriteFile(path, builder.data(), 0600));
+    UNMOOR_TRY(WriteFile(path, EncodePagemap(stream.pages_id, entries), 0600));
     if (sync) {
       UNMOOR_TRY(SyncPath(path));
       UNMOOR_TRY(SyncFd(stream.pages.get(), stream.pages_path));
     }
   }
   return {};
+}
+
+std::string EncodePagemap(uint32_t pages_id, std::span<const PagemapEntry> entries) {
+  ImageBuilder builder(ImageType::kPagemap);
+  proto::PagemapHead head;
+  head.set_pages_id(pages_id);
+  builder.Append(head.SerializeAsString());
+  for (size_t i = 0; i < entries.size();) {
+    VaddrRange range = entries[i].range;
+    const uint32_t flags = entries[i].flags;
+    for (++i; i < entries.size() && entries[i].flags == flags &&
+              entries[i].range.begin == range.end;
+         ++i) {
+      range.end = entries[i].range.end;
+    }
+    const uint64_t pages = ToPages(range.size()).value;
+    proto::PagemapEntry message;
+    message.set_vaddr(range.begin.value);
+    // Both counts: criu before 4.2 knows the first one only.
+    message.set_compat_nr_pages(pages <= UINT32_MAX ? static_cast<uint32_t>(pages) : 0);
+    message.set_flags(flags);
+    message.set_nr_pages(pages);
+    builder.Append(message.SerializeAsString());
+  }
+  return builder.data();
 }
 
 Bytes Pagemap::PresentBytes() const {

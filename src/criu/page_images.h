@@ -75,6 +75,8 @@ struct Pagemap {
 [[nodiscard]] std::string PagemapName(PageStreamId id);
 [[nodiscard]] std::string PagesName(uint32_t pages_id);
 
+// The bytes of a pagemap image. Adjacent entries with equal flags become one.
+[[nodiscard]] std::string EncodePagemap(uint32_t pages_id, std::span<const PagemapEntry> entries);
 [[nodiscard]] Result<Pagemap> ReadPagemap(const std::string& directory, PageStreamId id);
 
 }  // namespace unmoor::criu

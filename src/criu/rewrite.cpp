@@ -11,6 +11,7 @@
 #include "criu/image_codec.h"
 #include "criu/metadata.h"
 #include "criu/mm_image.h"
+#include "criu/page_images.h"
 #include "os/file.h"
 #include "proto/image.pb.h"
 
@@ -124,6 +125,87 @@ Result<> MapTask(MmImage& mm, const TaskMapping& task, FileTable& files) {
   return {};
 }
 
+// Where a run of pages comes from; no file: the entry has no pages.
+struct PageRun {
+  PagemapEntry entry;
+  int fd = -1;
+  const std::string* path = nullptr;
+};
+
+// CRIU's entries and the loads in one ascending list; where both have a page the load wins.
+std::vector<PageRun> MergeRuns(const Pagemap& pagemap, const PageRun& criu_pages,
+                               std::span<const DirectMapping> loads,
+                               std::span<const LayerFile> layers) {
+  std::vector<PageRun> runs;
+  auto load = loads.begin();
+  const auto add_loads_below = [&](Vaddr end) {
+    for (; load != loads.end() && load->range.begin < end; ++load) {
+      const LayerFile& file = layers[load->layer];
+      runs.push_back({{load->range, kPagePresent, load->offset}, file.fd, &file.path});
+    }
+  };
+  for (const PagemapEntry& entry : pagemap.entries) {
+    Vaddr at = entry.range.begin;
+    while (at < entry.range.end) {
+      add_loads_below(at + Bytes(1));
+      if (!runs.empty()) at = std::max(at, runs.back().entry.range.end);
+      const Vaddr next =
+          load == loads.end() ? entry.range.end : std::min(load->range.begin, entry.range.end);
+      if (at >= next) continue;
+      PageRun run = criu_pages;
+      run.entry = {{at, next}, entry.flags, entry.pages + (at - entry.range.begin)};
+      if ((entry.flags & kPagePresent) == 0) run.fd = -1;
+      runs.push_back(run);
+      at = next;
+    }
+  }
+  add_loads_below(Vaddr(UINT64_MAX));
+  return runs;
+}
+
+Result<> CopyRun(const PageRun& run, int to, FileOffset at, const std::string& to_path,
+                 std::vector<std::byte>& buffer) {
+  FileOffset from = run.entry.pages;
+  for (uint64_t left = run.entry.range.size().value; left > 0;) {
+    const auto part = std::span(buffer).first(std::min<uint64_t>(left, buffer.size()));
+    UNMOOR_TRY(ReadExactlyAt(run.fd, part, from, *run.path));
+    UNMOOR_TRY(WriteExactlyAt(to, part, at, to_path));
+    from = from + Bytes(part.size());
+    at = at + Bytes(part.size());
+    left -= part.size();
+  }
+  return {};
+}
+
+// pagemap-<vpid>.img and its pages image in the view; returns their names.
+Result<std::vector<std::string>> MergePages(const std::string& criu_directory,
+                                            const std::string& view_directory,
+                                            const TaskMapping& task,
+                                            std::span<const LayerFile> layers) {
+  const PageStreamId id{StreamKind::kTask, task.vpid};
+  UNMOOR_ASSIGN(const Pagemap pagemap, ReadPagemap(criu_directory, id));
+  const std::string pages_name = PagesName(pagemap.pages_id);
+  const std::string from_path = criu_directory + "/" + pages_name;
+  UNMOOR_ASSIGN(const Fd from, OpenFile(from_path, O_RDONLY));
+  const PageRun criu_pages{{}, from.get(), &from_path};
+  const std::vector<PageRun> runs = MergeRuns(pagemap, criu_pages, task.loads, layers);
+
+  const std::string to_path = view_directory + "/" + pages_name;
+  UNMOOR_ASSIGN(const Fd to, OpenFile(to_path, O_WRONLY | O_CREAT | O_EXCL, 0600));
+  std::vector<std::byte> buffer(size_t{1} << 20);
+  std::vector<PagemapEntry> entries;
+  FileOffset at;
+  for (const PageRun& run : runs) {
+    entries.push_back(run.entry);
+    if (run.fd < 0) continue;
+    UNMOOR_TRY(CopyRun(run, to.get(), at, to_path, buffer));
+    at = at + run.entry.range.size();
+  }
+  const std::string name = PagemapName(id);
+  UNMOOR_TRY(WriteFile(view_directory + "/" + name, EncodePagemap(pagemap.pages_id, entries), 0600));
+  return std::vector<std::string>{name, pages_name};
+}
+
 }  // namespace
 
 std::string LayerKey(uint32_t layer) {
@@ -135,7 +217,8 @@ std::string InheritFdArgument(int fd, uint32_t layer) {
 }
 
 Result<> RewriteForDirectMap(const std::string& criu_directory, const std::string& view_directory,
-                             std::span<const TaskMapping> tasks) {
+                             std::span<const TaskMapping> tasks,
+                             std::span<const LayerFile> layers) {
   UNMOOR_CHECK(criu_directory.starts_with('/'));
   UNMOOR_ASSIGN(FileTable files, FileTable::Read(criu_directory + "/files.img"));
   std::set<std::string> written;
@@ -150,6 +233,10 @@ Result<> RewriteForDirectMap(const std::string& criu_directory, const std::strin
       return UserError("task {} is to be mapped twice", task.vpid);
     }
     UNMOOR_TRY(WriteFile(view_directory + "/" + name, builder.data(), 0600));
+    if (task.loads.empty()) continue;
+    UNMOOR_ASSIGN(const std::vector<std::string> merged,
+                  MergePages(criu_directory, view_directory, task, layers));
+    written.insert(merged.begin(), merged.end());
   }
   UNMOOR_TRY(WriteFile(view_directory + "/files.img", files.data(), 0600));
   written.insert("files.img");

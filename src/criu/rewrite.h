@@ -1,7 +1,8 @@
 // Metadata for a direct-mapped restore: anonymous VMAs become private mappings of page images.
 //
 // The view is a directory of symbolic links to CRIU's own files, except mm-<vpid>.img of the mapped
-// tasks and files.img, which are new. CRIU's own files are never touched. Each (task, layer) gets a
+// tasks and files.img, which are new; tasks with pages to load get a pagemap and a pages image of
+// their own, CRIU's pages and these merged. CRIU's own files are never touched. Each (task, layer) gets a
 // file id of its own: with a shared one CRIU takes the mapping of a child for its parent's and the
 // child silently gets the parent's memory. CRIU learns the files themselves by
 //   --inherit-fd fd[N]:unmoor-layer-<layer>
@@ -28,6 +29,13 @@ struct DirectMapping {
 struct TaskMapping {
   uint32_t vpid = 0;
   std::vector<DirectMapping> mappings;  // ascending, disjoint
+  std::vector<DirectMapping> loads;     // ascending, disjoint: pages CRIU is to load over them
+};
+
+// A layer's pages, open for reading.
+struct LayerFile {
+  int fd = -1;
+  std::string path;
 };
 
 // Name of a layer's file as CRIU's --inherit-fd wants it: "unmoor-layer-3".
@@ -35,9 +43,11 @@ struct TaskMapping {
 // The argument: "fd[7]:unmoor-layer-3".
 [[nodiscard]] std::string InheritFdArgument(int fd, uint32_t layer);
 
-// `criu_directory` is absolute; `view_directory` exists and is empty.
+// `criu_directory` is absolute; `view_directory` exists and is empty. `layers[i]` is layer i; needed
+// where a task has loads.
 [[nodiscard]] Result<> RewriteForDirectMap(const std::string& criu_directory,
                                            const std::string& view_directory,
-                                           std::span<const TaskMapping> tasks);
+                                           std::span<const TaskMapping> tasks,
+                                           std::span<const LayerFile> layers = {});
 
 }  // namespace unmoor::criu

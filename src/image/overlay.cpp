@@ -40,27 +40,29 @@ Bytes Sum(const std::vector<OverlayRun>& runs) {
 }  // namespace
 
 Overlay::Overlay(std::span<const LayerInfo* const> layers, std::string directory)
-    : layers_(layers.begin(), layers.end()),
-      extents_(layers.size()),
-      directory_(std::move(directory)) {
-  for (size_t i = 0; i < layers.size(); ++i) {
-    for (const Extent& extent : layers[i]->extents) {
-      extents_[i].emplace(std::pair{extent.task_vpid, extent.range.begin}, &extent);
-    }
-  }
+    : layers_(layers.begin(), layers.end()), directory_(std::move(directory)) {}
+
+const Extent* Overlay::FindExtent(uint32_t vpid, VaddrRange range, uint32_t layer,
+                                  FileOffset offset) const {
+  if (layer >= layers_.size()) return nullptr;
+  const std::vector<Extent>& all = layers_[layer]->extents;
+  const auto found = std::ranges::partition_point(
+      all, [&](const Extent& e) { return e.file_range().end <= offset; });
+  const FileOffset end = offset + range.size();
+  if (found == all.end() || found->offset >= end || found->task_vpid != vpid) return nullptr;
+  if (std::next(found) != all.end() && std::next(found)->offset < end) return nullptr;
+  // Both differences wrap alike where the extent begins above the range.
+  if (found->offset - offset != found->range.begin - range.begin) return nullptr;
+  return &*found;
 }
 
 Result<std::vector<OverlayRun>> Overlay::Segments(uint32_t vpid, VaddrRange range, uint32_t layer,
                                                   FileOffset offset) const {
-  const auto after = extents_[layer].upper_bound({vpid, range.begin});
-  const Extent* const extent =
-      after == extents_[layer].begin() ? nullptr : std::prev(after)->second;
-  if (extent == nullptr || extent->task_vpid != vpid || !extent->range.Contains(range) ||
-      extent->offset + (range.begin - extent->range.begin) != offset) {
+  if (FindExtent(vpid, range, layer, offset) == nullptr) {
     return UserError(
         "{}: manifest and index of layer {} differ about {} of task {}; the directory is damaged, "
         "restore it from a copy",
-        directory_, layers_[layer]->id, range, vpid);
+        directory_, layer < layers_.size() ? layers_[layer]->id : "?", range, vpid);
   }
   const std::vector<Segment>& all = layers_[layer]->segments;
   auto segment = std::ranges::partition_point(
@@ -71,6 +73,37 @@ Result<std::vector<OverlayRun>> Overlay::Segments(uint32_t vpid, VaddrRange rang
     runs.push_back({part, layer, offset + (part.begin - range.begin)});
   }
   return runs;
+}
+
+bool Overlay::GrowsIntoZeros(uint32_t vpid, const ManifestVma& vma) const {
+  const Extent* const extent = FindExtent(vpid, vma.range, vma.layer, vma.offset);
+  if (extent == nullptr) return false;
+  const LayerInfo& layer = *layers_[vma.layer];
+  const FileOffset end = vma.offset + vma.range.size();
+  const Extent* const last = &layer.extents.back();
+  const FileOffset next = extent == last ? FileOffset(layer.file_size.value) : (extent + 1)->offset;
+  if (next < end || next - end < Bytes(kHugePageSize)) return false;
+  const auto segment = std::ranges::partition_point(
+      layer.segments, [&](const Segment& s) { return s.file_range().end <= end; });
+  return segment == layer.segments.end() || segment->offset >= next;
+}
+
+std::optional<ManifestVma> Overlay::Reach(uint32_t vpid, const ManifestVma& vma,
+                                          VaddrRange range) const {
+  ManifestVma reached = vma;
+  reached.range = range;
+  // Wraps below zero where there is no room; FindExtent then finds nothing.
+  const Bytes distance = range.begin - vma.range.begin;
+  const auto move = [&](uint32_t layer, FileOffset& offset) {
+    offset = offset + distance;
+    const uint64_t size = layers_[layer]->file_size.value;
+    return offset.value <= size && range.size().value <= size - offset.value &&
+           FindExtent(vpid, range, layer, offset) != nullptr;
+  };
+  bool fits = move(reached.layer, reached.offset);
+  for (ManifestDelta& delta : reached.deltas) fits = fits && move(delta.layer, delta.offset);
+  if (!fits || !GrowsIntoZeros(vpid, reached)) return std::nullopt;
+  return reached;
 }
 
 Result<VmaPages> Overlay::Resolve(uint32_t vpid, const ManifestVma& vma) const {

@@ -1,24 +1,10 @@
 // See plan.h.
 #include "restore/plan.h"
 
-#include <algorithm>
-#include <map>
-#include <utility>
+#include "image/overlay.h"
 
 namespace unmoor {
 namespace {
-
-using ExtentKey = std::pair<uint32_t, Vaddr>;
-
-std::vector<std::map<ExtentKey, const Extent*>> IndexExtents(std::span<const LayerInfo> layers) {
-  std::vector<std::map<ExtentKey, const Extent*>> index(layers.size());
-  for (size_t i = 0; i < layers.size(); ++i) {
-    for (const Extent& extent : layers[i].extents) {
-      index[i].emplace(ExtentKey{extent.task_vpid, extent.range.begin}, &extent);
-    }
-  }
-  return index;
-}
 
 // What this restore does not know how to bring back.
 Result<> CheckRestorable(const Manifest& manifest, const std::string& directory) {
@@ -27,13 +13,6 @@ Result<> CheckRestorable(const Manifest& manifest, const std::string& directory)
         "{} is an image of memory made by a program with libunmoor, not of a process; only a "
         "program that maps it can use it",
         directory);
-  }
-  for (const ManifestTask& task : manifest.tasks) {
-    for (const ManifestVma& vma : task.vmas) {
-      if (vma.deltas.empty()) continue;
-      return UserError("{}: {} of task {} is stored as deltas, which this unmoor cannot restore",
-                       directory, vma.range, task.vpid);
-    }
   }
   return {};
 }
@@ -47,7 +26,9 @@ Result<RestorePlan> PlanRestore(const Manifest& manifest, std::span<const LayerI
     return UserError("{}: {} layers opened, the manifest names {}", directory, layers.size(),
                      manifest.layers.size());
   }
-  const auto extents = IndexExtents(layers);
+  std::vector<const LayerInfo*> infos;
+  for (const LayerInfo& layer : layers) infos.push_back(&layer);
+  const Overlay overlay(infos, directory);
   RestorePlan plan;
   for (const ManifestTask& task : manifest.tasks) {
     criu::TaskMapping mapping;
@@ -59,17 +40,20 @@ Result<RestorePlan> PlanRestore(const Manifest& manifest, std::span<const LayerI
         return UserError("{}: task {} names layer {}, there are {}", directory, task.vpid,
                          vma.layer, layers.size());
       }
-      const auto found = extents[vma.layer].find({task.vpid, vma.range.begin});
-      if (found == extents[vma.layer].end() || found->second->range != vma.range ||
-          found->second->offset != vma.offset) {
+      UNMOOR_ASSIGN(const VmaPages pages, overlay.Resolve(task.vpid, vma));
+      if (!overlay.GrowsIntoZeros(task.vpid, vma)) {
         return UserError(
-            "{}: manifest and index of layer {} differ about {} of task {}; the "
-            "directory is damaged, restore it from a copy",
-            directory, layers[vma.layer].id, vma.range, task.vpid);
+            "{}: {} of task {} would grow into other pages of layer {}; the directory is damaged, "
+            "restore it from a copy",
+            directory, vma.range, task.vpid, layers[vma.layer].id);
       }
       mapping.mappings.push_back({vma.range, vma.layer, vma.offset});
+      for (const OverlayRun& run : pages.deltas) {
+        mapping.loads.push_back({run.range, run.layer, run.offset});
+        plan.loaded += run.range.size();
+      }
       plan.mapped += vma.range.size();
-      plan.data += found->second->data;
+      plan.data += pages.data;
       ++plan.mappings;
     }
     if (!mapping.mappings.empty()) plan.tasks.push_back(std::move(mapping));

@@ -1,7 +1,8 @@
 // The plan of a restore: which ranges of which tasks map which layer, and from where.
 //
 // Pure: from the manifest and the layers' indexes. Each mapped VMA of the manifest must lie in the
-// layer it names exactly where the manifest says; nothing is mapped that both do not agree on.
+// layers it names exactly where the manifest says; nothing is mapped that both do not agree on. A
+// VMA is one mapping, of its own layer; pages of its deltas are CRIU's to load over it.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +24,7 @@ struct RestorePlan {
   uint64_t mappings = 0;
   Bytes mapped;  // address space
   Bytes data;    // of which the layers hold pages
+  Bytes loaded;  // of these, copied at restore: the deltas
 };
 
 // `layers[i]` is the manifest's layer i. `directory` is for messages.

@@ -8,14 +8,16 @@
 #include <charconv>
 #include <csignal>
 #include <cstdlib>
+#include <set>
 
+#include "agent/known_image.h"
 #include "base/fault_point.h"
 #include "base/log.h"
 #include "criu/rewrite.h"
 #include "criu/runner.h"
+#include "image/directory_lock.h"
 #include "image/layer_reader.h"
 #include "image/layout.h"
-#include "image/directory_lock.h"
 #include "image/manifest.h"
 #include "os/file.h"
 #include "os/process_control.h"
@@ -105,6 +107,7 @@ class Restorer {
   [[nodiscard]] Result<> Open();
   [[nodiscard]] Result<> CheckFreePids() const;
   [[nodiscard]] Result<> RunCriu(const TemporaryView& view, InterruptFd& interrupt);
+  [[nodiscard]] std::set<size_t> MappedLayers() const;
   [[nodiscard]] criu::CriuCommand Command(const TemporaryView& view) const;
   [[nodiscard]] Result<RestoredTasks> FindTasks(const TemporaryView& view) const;
   [[nodiscard]] Result<> LetRun(const RestoredTasks& tasks, InterruptFd& interrupt);
@@ -112,10 +115,10 @@ class Restorer {
   const RestoreOptions& options_;
   const RestoreObserver& observer_;
   std::string directory_;
+  DirectoryLock lock_;  // until criu has read everything
   Manifest manifest_;
   std::vector<LayerReader> layers_;
   RestorePlan plan_;
-  DirectoryLock lock_;  // until criu has read everything
   RestoreReport report_;
 };
 
@@ -133,15 +136,25 @@ Result<> Restorer::Open() {
   UNMOOR_ASSIGN(plan_, PlanRestore(manifest_, infos, directory_));
   report_.mapped = plan_.mapped;
   report_.data = plan_.data;
+  report_.loaded = plan_.loaded;
   report_.mappings = plan_.mappings;
   return {};
+}
+
+// Those that CRIU has to map; layers of deltas only are read here.
+std::set<size_t> Restorer::MappedLayers() const {
+  std::set<size_t> layers;
+  for (const criu::TaskMapping& task : plan_.tasks) {
+    for (const criu::DirectMapping& mapping : task.mappings) layers.insert(mapping.layer);
+  }
+  return layers;
 }
 
 criu::CriuCommand Restorer::Command(const TemporaryView& view) const {
   criu::CriuCommand command;
   command.args = {"restore", "-D", view.images(), "-d", "--pidfile", view.pidfile()};
   if (plan_.mappings > 0) command.args.push_back("--leave-stopped");
-  for (size_t i = 0; i < layers_.size(); ++i) {
+  for (const size_t i : MappedLayers()) {
     const int as = kFirstLayerFd + static_cast<int>(i);
     command.fds.push_back({layers_[i].pages_fd().get(), as});
     command.args.push_back("--inherit-fd");
@@ -242,20 +255,24 @@ Result<> Restorer::LetRun(const RestoredTasks& tasks, InterruptFd& interrupt) {
 
 Result<RestoredProgram> Restorer::Run() {
   const Nanos begin = MonotonicNow();
+  UNMOOR_ASSIGN(lock_, DirectoryLock::Take(options_.directory, LockUse::kRead));
   UNMOOR_TRY(Open());
   UNMOOR_TRY(CheckFreePids());
   UNMOOR_ASSIGN(InterruptFd interrupt, InterruptFd::Create());
   UNMOOR_TRY(BecomeSubreaper());
   UNMOOR_ASSIGN(TemporaryView view, TemporaryView::Create());
-  UNMOOR_TRY(criu::RewriteForDirectMap(CriuDirectory(directory_), view.images(), plan_.tasks));
-
+  std::vector<criu::LayerFile> files;
+  for (const LayerReader& layer : layers_) {
+    files.push_back({layer.pages_fd().get(), layer.pages_path()});
+  }
+  UNMOOR_TRY(
+      criu::RewriteForDirectMap(CriuDirectory(directory_), view.images(), plan_.tasks, files));
   UNMOOR_TRY(ReplaceLinksForMountNamespace(CriuDirectory(directory_), view.images()));
   const Nanos prepared = MonotonicNow();
   const auto undo = [&](const Error& error) {
     (void)BecomeSubreaper();
     KillDescendants();
     return Failure(Error(error.kind(), error.errnum(), error.message() + "; nothing was restored"));
-  UNMOOR_ASSIGN(lock_, DirectoryLock::Take(options_.directory, LockUse::kRead));
   };
   if (auto ran = RunCriu(view, interrupt); !ran) {
     if (ran.error().message().starts_with("criu")) view.KeepLog();
@@ -268,12 +285,14 @@ Result<RestoredProgram> Restorer::Run() {
   const Nanos found = MonotonicNow();
   // The root is our child now. What is orphaned from here on (children of the program, the agent)
   // is not ours to reap.
+  lock_.Release();
   if (auto alone = BecomeSubreaper(false); !alone) return undo(alone.error());
   if (auto runs = LetRun(*tasks, interrupt); !runs) return undo(runs.error());
 
   spdlog::debug("prepared in {}, criu {}, found the tasks in {}, agent {}",
                 HumanTime(prepared - begin), HumanTime(report_.criu_time),
                 HumanTime(found - prepared - report_.criu_time), HumanTime(MonotonicNow() - found));
+  for (const Pid pid : tasks->alive) RememberImage(pid, {directory_, manifest_.checkpoint_id});
   report_.root = tasks->root;
   report_.tasks = tasks->alive;
   report_.elapsed = MonotonicNow() - begin;
@@ -285,7 +304,6 @@ Result<RestoredProgram> Restorer::Run() {
   }
   return RestoredProgram(std::move(report_), std::move(*pidfd), std::move(interrupt));
 }
-  lock_.Release();
 
 }  // namespace
 

@@ -1,7 +1,7 @@
 // Restore: an image directory runs again, its memory mapped from the layers.
 //
 // Opens and checks manifest and indexes, plans (plan.h), writes a temporary view of CRIU's metadata
-// with the mapped VMAs turned into file mappings, runs `criu restore` so that the tasks stay
+// with the mapped VMAs turned into file mappings and the pages of deltas merged with CRIU's own, runs `criu restore` so that the tasks stay
 // stopped, hands them to the agent, which puts its guards in place and lets them run. The view is
 // removed as soon as criu has ended. A failure before the program runs leaves no process, no view
 // and a clear line; criu's log is kept then.
@@ -49,6 +49,7 @@ struct RestoreReport {
   std::optional<Pid> agent;
   Bytes mapped;
   Bytes data;
+  Bytes loaded;  // of `data`, copied by criu: the deltas of a chain
   uint64_t mappings = 0;
   Nanos criu_time;  // of the whole criu run
   Nanos elapsed;    // until the program ran

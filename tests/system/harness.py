@@ -476,13 +476,14 @@ class Story:
 
     def demand_no_agent(self, timeout=15):
         """No process of unmoor is left, soon after READY. What it did stays to be read in the
-        progress file of the process (`unmoor status`), for as long as that lives; nothing else does."""
+        progress file of the process (`unmoor status`), and which image it came from, for as long as
+        that lives; nothing else does."""
         def running():
             for pid in self.agents():
                 reap(pid)
             return self.agents()
         poll(lambda: not running(), lambda: f"the agent to end itself, running: {running()}", timeout)
-        left = [n for n in os.listdir(self.runtime) if not (n.endswith(".json") and n[:-5].isdigit())]
+        left = [n for n in os.listdir(self.runtime) if not (n.endswith((".json", ".image")) and n.split(".")[0].isdigit())]
         demand(not left, f"runtime files are left: {left}")
 
     def demand_untouched(self, program, before, timeout=15, join_anonymous=False):

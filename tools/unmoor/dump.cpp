@@ -16,6 +16,8 @@ struct DumpArguments {
   std::string directory;
   std::string timeout;
   std::string criu;
+  std::string parent;
+  bool full = false;
   bool leave_running = false;
   bool dry_run = false;
   bool verbose = false;
@@ -31,6 +33,10 @@ constexpr char kFooter[] =
     "  unmoor dump -t 4711 -D /var/tmp/image\n"
     "  unmoor dump -t $(pidof redis-server) -D /var/tmp/image -R -- --tcp-established\n"
     "  unmoor dump -t 4711 -D /var/tmp/image -- --shell-job\n"
+    "  unmoor dump -t 4711 -D /var/tmp/second --prev-images-dir /var/tmp/image\n"
+    "\nA restored program's dump writes only what differs from the image it came from, as long as "
+    "that\n"
+    "is still there; unchanged layers are linked. Every directory is complete by itself.\n"
     "\nExit codes: 0 dumped, 1 the machine failed, 2 wrong use (no such process, bad directory "
     "…).\n";
 
@@ -72,6 +78,8 @@ void PrintReport(const CheckpointReport& report, bool json) {
                {"vmas", totals.vmas},
                {"mapped_bytes", totals.mapped.value},
                {"layer_bytes", totals.layer_data.value},
+               {"written_bytes", report.written.value},
+               {"parent", report.parent ? nlohmann::json(*report.parent) : nlohmann::json()},
                {"criu_bytes", totals.criu_data.value},
                {"allocated_bytes", report.allocated.value},
                {"remapped_first", report.remapped_first},
@@ -79,15 +87,17 @@ void PrintReport(const CheckpointReport& report, bool json) {
                {"elapsed_ns", report.elapsed.value}});
     return;
   }
-  std::printf("%s\n", fmt::format("dumped {} process{} to {}: {} in layers, {} with criu, {} on "
-                                  "disk, in {}{}",
-                                  totals.tasks, totals.tasks == 1 ? "" : "es", report.directory,
-                                  HumanBytes(totals.layer_data), HumanBytes(totals.criu_data),
-                                  HumanBytes(report.allocated), HumanTime(report.elapsed),
-                                  report.frozen.value > 0
-                                      ? fmt::format(", frozen for {}", HumanTime(report.frozen))
-                                      : "")
-                          .c_str());
+  const std::string layers =
+      report.parent ? fmt::format("{} new in layers, {} shared with {}", HumanBytes(report.written),
+                                  HumanBytes(totals.layer_data - report.written), *report.parent)
+                    : fmt::format("{} in layers", HumanBytes(totals.layer_data));
+  const std::string frozen =
+      report.frozen.value > 0 ? fmt::format(", frozen for {}", HumanTime(report.frozen)) : "";
+  const std::string line = fmt::format(
+      "dumped {} process{} to {}: {}, {} with criu, {} on disk, in {}{}\n", totals.tasks,
+      totals.tasks == 1 ? "" : "es", report.directory, layers, HumanBytes(totals.criu_data),
+      HumanBytes(report.allocated), HumanTime(report.elapsed), frozen);
+  std::fwrite(line.data(), 1, line.size(), stdout);
 }
 
 int RunDump(const DumpArguments& arguments, const Invocation& invocation) {
@@ -101,6 +111,8 @@ int RunDump(const DumpArguments& arguments, const Invocation& invocation) {
   options.tool_version = UNMOOR_VERSION;
   options.criu_arguments = invocation.criu_arguments;
   if (!arguments.criu.empty()) options.criu = arguments.criu;
+  if (!arguments.parent.empty()) options.parent = arguments.parent;
+  options.full = arguments.full;
   if (!arguments.timeout.empty()) {
     const auto timeout = ParseDuration(arguments.timeout, 1'000'000'000);
     if (!timeout) return Report(timeout.error(), arguments.json);
@@ -142,6 +154,12 @@ Action ConfigureDump(CLI::App& app) {
   app.add_option("-D,--images-dir", arguments->directory, "Where the image directory is to be")
       ->option_text("DIR");
   app.add_flag("-R,--leave-running", arguments->leave_running, "The program runs on afterwards");
+  auto* const parent =
+      app.add_option("--prev-images-dir", arguments->parent,
+                     "Write only what differs from that checkpoint (default: the image the program "
+                     "came from)")
+          ->option_text("DIR");
+  app.add_flag("--full", arguments->full, "Write everything")->excludes(parent);
   app.add_option("--timeout", arguments->timeout,
                  "How long to wait for a pending remap (default: as long as it takes)")
       ->option_text("SECONDS");

@@ -73,6 +73,7 @@ void PrintReport(const RestoreReport& report) {
                            {"tasks", std::move(tasks)},
                            {"mapped_bytes", report.mapped.value},
                            {"layer_bytes", report.data.value},
+                           {"loaded_bytes", report.loaded.value},
                            {"mappings", report.mappings},
                            {"criu_ns", report.criu_time.value},
                            {"elapsed_ns", report.elapsed.value}};

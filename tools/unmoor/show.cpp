@@ -83,6 +83,9 @@ nlohmann::json ToJson(const ManifestTask& task) {
       item["layer"] = vma.layer;
       item["offset"] = vma.offset.value;
     }
+    for (const ManifestDelta& delta : vma.deltas) {
+      item["deltas"].push_back({{"layer", delta.layer}, {"offset", delta.offset.value}});
+    }
     vmas.push_back(std::move(item));
   }
   return {{"vpid", task.vpid},
@@ -151,12 +154,21 @@ std::string MemoryText(const std::string& directory, const Manifest& manifest) {
   return text;
 }
 
+// "  layer 0 + 2 + 3": its own and the deltas over it, lowest first, as the list of layers has them.
+std::string LayersOf(const ManifestVma& vma) {
+  if (vma.kind != VmaKind::kMapped) return "";
+  std::string text = fmt::format("  layer {}", vma.layer);
+  for (const ManifestDelta& delta : vma.deltas) text += fmt::format(" + {}", delta.layer);
+  return text;
+}
+
 std::string ProcessText(const std::string& directory, const Manifest& manifest, bool with_vmas) {
   const ManifestTotals totals = manifest.Totals();
   std::string text =
       fmt::format("{}\n  checkpoint {}, {}\n  unmoor {}, criu {}, kernel {}\n", directory,
                   manifest.checkpoint_id, Date(manifest.created), manifest.tool_version,
                   manifest.criu_version, manifest.kernel_release);
+  if (manifest.parent_id) text += fmt::format("  made after {}\n", *manifest.parent_id);
   text += fmt::format("  {} in layers, {} with criu, {} of addresses mapped, {} VMAs\n",
                       HumanBytes(totals.layer_data), HumanBytes(totals.criu_data),
                       HumanBytes(totals.mapped), totals.vmas);
@@ -176,9 +188,10 @@ std::string ProcessText(const std::string& directory, const Manifest& manifest, 
         HumanBytes(with_criu));
     if (!with_vmas) continue;
     for (const ManifestVma& vma : task.vmas) {
-      text += fmt::format("           {} {} {:<6} {:>10} of {:>10}{}{}\n", vma.range,
+      text += fmt::format("           {} {} {:<6} {:>10} of {:>10}{}{}{}\n", vma.range,
                           Protection(vma.prot), Word(vma.kind), HumanBytes(vma.data),
-                          HumanBytes(vma.range.size()), vma.name.empty() ? "" : "  ", vma.name);
+                          HumanBytes(vma.range.size()), vma.name.empty() ? "" : "  ", vma.name,
+                          LayersOf(vma));
     }
   }
   return text;
@@ -190,9 +203,11 @@ void ShowText(const std::string& directory, const Manifest& manifest,
                          ? MemoryText(directory, manifest)
                          : ProcessText(directory, manifest, with_vmas);
   text += "\nlayers\n";
+  size_t number = 0;
   for (const ShownLayer& layer : layers) {
-    text += fmt::format("  {}  {:>10} of pages, {:>10} on disk, {} extents, {} segments\n",
-                        layer.entry.id, HumanBytes(layer.entry.data), HumanBytes(layer.allocated),
+    text += fmt::format("  {:>2}  {}  {:>10} of pages, {:>10} on disk, {} extents, {} segments\n",
+                        number++, layer.entry.id, HumanBytes(layer.entry.data),
+                        HumanBytes(layer.allocated),
                         layer.extents, layer.segments);
   }
   if (layers.empty()) text += "  none: no VMA was worth mapping\n";

@@ -90,7 +90,38 @@ TEST(Overlay, ManifestAndIndexMustAgree) {
   EXPECT_FALSE(overlay.Resolve(1, vma));
   vma.range = At(60, 8);
   vma.offset = FileOffset(kHugePageSize + 60 * kPageSize);
+  ASSERT_TRUE(overlay.Resolve(1, vma));  // into the gap
+  EXPECT_EQ(overlay.Resolve(1, vma)->data.value, 4 * kPageSize);
+  vma.range = At(64, 8);
+  vma.offset = FileOffset(kHugePageSize + 64 * kPageSize);
   EXPECT_FALSE(overlay.Resolve(1, vma));
+}
+
+TEST(Overlay, AVmaIsReachedOnlyWhereNoOldBytesCouldShow) {
+  LayerInfo layer = MakeLayer(kHugePageSize, std::vector<bool>(kPages, true));
+  const VaddrRange next{Vaddr(0x40000000), Vaddr(0x40001000)};
+  layer.extents.push_back({1, next, FileOffset(5 * kHugePageSize), Bytes(0)});
+  layer.file_size = Bytes(8 * kHugePageSize);
+  const std::vector<const LayerInfo*> list = {&layer};
+  const Overlay overlay(list, "/d");
+  ManifestVma vma;
+  vma.range = At(0, kPages);
+  vma.offset = FileOffset(kHugePageSize);
+  EXPECT_TRUE(overlay.Reach(1, vma, vma.range));
+  const auto grown = overlay.Reach(1, vma, At(0, kPages + 512));
+  ASSERT_TRUE(grown);
+  EXPECT_EQ(overlay.Resolve(1, *grown)->data.value, kPages * kPageSize);
+  const auto cut_in_front = overlay.Reach(1, vma, At(16, kPages - 16));
+  ASSERT_TRUE(cut_in_front);
+  EXPECT_EQ(cut_in_front->offset.value, kHugePageSize + 16 * kPageSize);
+  // It would grow into what the layer has behind it.
+  EXPECT_FALSE(overlay.Reach(1, vma, At(0, kPages - 1)));
+  // No gap would be left, or the next extent is reached.
+  EXPECT_FALSE(overlay.Reach(1, vma, At(0, 4 * 512 - 1)));
+  EXPECT_FALSE(overlay.Reach(1, vma, At(0, 5 * 512)));
+  // Before the file's begin.
+  EXPECT_FALSE(overlay.Reach(1, vma, {Vaddr(kBase - 2 * kHugePageSize), At(0, kPages).end}));
+  EXPECT_FALSE(overlay.Reach(2, vma, vma.range));
 }
 
 }  // namespace

@@ -33,7 +33,9 @@ Checkpoint OneMappedVma() {
   checkpoint.manifest.layers.resize(1);
   LayerInfo layer;
   layer.id = std::string(32, 'a');
+  layer.file_size = Bytes(0x1000000);
   layer.extents = {{7, kRange, FileOffset(0x200000), Bytes(0x10000)}};
+  layer.segments = {{7, {kRange.begin, kRange.begin + Bytes(0x10000)}, FileOffset(0x200000)}};
   checkpoint.layers = {layer};
   return checkpoint;
 }
@@ -62,12 +64,33 @@ TEST(RestorePlan, AnImageOfMemoryIsNotRestored) {
   EXPECT_THAT(plan.error().message(), HasSubstr("/image is an image of memory"));
 }
 
-TEST(RestorePlan, DeltasAreNotRestoredYet) {
+TEST(RestorePlan, PagesOfDeltasAreLoadedOverTheMapping) {
   Checkpoint checkpoint = OneMappedVma();
-  checkpoint.manifest.tasks[0].vmas[0].deltas = {{0, FileOffset(0x200000)}};
+  LayerInfo delta = checkpoint.layers[0];
+  delta.id = std::string(32, 'b');
+  const VaddrRange page{kRange.begin + Bytes(0x8000), kRange.begin + Bytes(0x9000)};
+  delta.segments = {{7, page, FileOffset(0x208000)}};
+  checkpoint.layers.push_back(delta);
+  checkpoint.manifest.layers.resize(2);
+  checkpoint.manifest.tasks[0].vmas[0].deltas = {{1, FileOffset(0x200000)}};
+  const auto plan = PlanRestore(checkpoint.manifest, checkpoint.layers, "/image");
+  ASSERT_TRUE(plan) << plan.error().message();
+  ASSERT_EQ(plan->tasks[0].mappings.size(), 1u);
+  EXPECT_EQ(plan->tasks[0].mappings[0].layer, 0u);
+  ASSERT_EQ(plan->tasks[0].loads.size(), 1u);
+  EXPECT_EQ(plan->tasks[0].loads[0].range, page);
+  EXPECT_EQ(plan->tasks[0].loads[0].layer, 1u);
+  EXPECT_EQ(plan->tasks[0].loads[0].offset, FileOffset(0x208000));
+  EXPECT_EQ(plan->loaded, page.size());
+  EXPECT_EQ(plan->data, Bytes(0x10000));
+}
+
+TEST(RestorePlan, AVmaThatWouldGrowIntoOldBytesIsRefused) {
+  Checkpoint checkpoint = OneMappedVma();
+  checkpoint.manifest.tasks[0].vmas[0].range.end = kRange.begin + Bytes(0x8000);
   const auto plan = PlanRestore(checkpoint.manifest, checkpoint.layers, "/image");
   ASSERT_FALSE(plan);
-  EXPECT_THAT(plan.error().message(), HasSubstr("stored as deltas"));
+  EXPECT_THAT(plan.error().message(), HasSubstr("would grow into other pages"));
 }
 
 TEST(RestorePlan, RemembersWhoWasStopped) {
@@ -95,9 +118,9 @@ TEST(RestorePlan, ManifestAndIndexMustAgree) {
   Checkpoint moved = OneMappedVma();
   moved.layers[0].extents[0].offset = FileOffset(0x400000);
   EXPECT_THAT(message(moved), HasSubstr("differ"));
-  Checkpoint shorter = OneMappedVma();
-  shorter.layers[0].extents[0].range.end = Vaddr(0x10200000);
-  EXPECT_THAT(message(shorter), HasSubstr("differ"));
+  Checkpoint elsewhere = OneMappedVma();
+  elsewhere.layers[0].extents[0].range.begin = Vaddr(0x10200000);
+  EXPECT_THAT(message(elsewhere), HasSubstr("differ"));
   Checkpoint other_task = OneMappedVma();
   other_task.layers[0].extents[0].task_vpid = 8;
   EXPECT_THAT(message(other_task), HasSubstr("differ"));

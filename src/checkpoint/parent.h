@@ -1,0 +1,56 @@
+// Parent: the checkpoint a new one is made after, and what of it the new one can go on using.
+//
+// Each VMA of the program may stand on the layers of a parent's VMA at the same addresses of the
+// same task: then only pages that differ from them are written. Nothing is believed about what the
+// program did since: the caller compares every page. So a parent of another program costs bytes,
+// never correctness. Whatever would make the restore dear (many deltas) or wrong (a VMA that could
+// grow into old bytes) is refused here, and the VMA is written in full.
+//
+// Trusts nothing it reads (LayerReader). Immutable after Open. Document: docs/format.md, "Deltas".
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/result.h"
+#include "base/units.h"
+#include "image/layer_reader.h"
+#include "image/manifest.h"
+#include "image/overlay.h"
+#include "os/procfs.h"
+
+namespace unmoor {
+
+// What a VMA stands on.
+struct ParentBase {
+  ManifestVma vma;  // in the parent's numbering of layers; the range is the new one's
+  VmaPages pages;   // what these layers show in that range
+};
+
+class Parent {
+ public:
+  // An error when it is no sound checkpoint of a process tree.
+  [[nodiscard]] static Result<Parent> Open(const std::string& directory);
+
+  [[nodiscard]] const std::string& directory() const { return directory_; }  // absolute
+  [[nodiscard]] const Manifest& manifest() const { return manifest_; }
+  [[nodiscard]] const std::vector<LayerReader>& layers() const { return layers_; }
+
+  // Nothing: the VMA is to be written in full.
+  [[nodiscard]] std::optional<ParentBase> Find(uint32_t vpid, const VmaInfo& vma) const;
+  // The pages of `range` as `base` shows them.
+  [[nodiscard]] Result<> Read(const ParentBase& base, VaddrRange range,
+                              std::span<std::byte> to) const;
+
+ private:
+  Parent() = default;
+
+  std::string directory_;
+  Manifest manifest_;
+  std::vector<LayerReader> layers_;
+};
+
+}  // namespace unmoor
