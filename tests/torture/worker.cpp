@@ -6,10 +6,12 @@
 #include <signal.h>
 #include <spawn.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -37,10 +39,18 @@ struct Handlers {
 };
 thread_local Handlers handlers;
 
-void OnFault(int signal, siginfo_t* info, void*) {
-  const auto at = reinterpret_cast<uintptr_t>(info->si_addr);
-  if (!handlers.expects_fault || at / kPage != handlers.expected_fault / kPage) {
-    Fail("unexpected signal %d, code %d, at %p", signal, info->si_code, info->si_addr);
+void OnFault(int signal, siginfo_t* info, void* context) {
+  const auto page = reinterpret_cast<uintptr_t>(info->si_addr) / kPage;
+  if (!handlers.expects_fault || page != handlers.expected_fault / kPage) {
+    char name[16] = {};
+    prctl(PR_GET_NAME, name);
+    // Where in the program: as `addr2line` takes it.
+    extern const char executable_begin __asm__("__executable_start");
+    const auto at = static_cast<uint64_t>(
+        static_cast<const ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+    Fail("unexpected signal %d, code %d, at %p, in thread %s at %#llx", signal, info->si_code,
+         info->si_addr, name,
+         (unsigned long long)(at - reinterpret_cast<uintptr_t>(&executable_begin)));
   }
   handlers.expects_fault = false;
   siglongjmp(handlers.back, 1);
