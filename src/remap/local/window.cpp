@@ -243,6 +243,7 @@ long SwapPart(const Descriptors& fds, const WindowPiece& piece, const Part& part
   // Unregistered first: the swap would otherwise wait for somebody to read its event.
   Unregister(fds, part.begin, part.end);
   const long moved = MoveOver(mirror, part.begin, length);
+  if (arriving != (kRead | kWrite)) Protect(mirror, mirror + length, kRead | kWrite);
   if (moved < 0) {
     Register(fds, part.begin, part.end);
     return moved;
@@ -359,10 +360,11 @@ void MakeZero(const Descriptors& fds, const kernel::ProcmapQuery& vma, uint64_t 
   Unregister(fds, begin, end);
   bool moved = false;
   if (place != nullptr) {
-    const uint64_t mirror = place->base + (begin - place->begin);
-    Protect(mirror, mirror + (end - begin), protection);
-    moved = MoveOver(mirror, begin, end - begin) >= 0;
+    // A copying thread may be at this part of the mirror: that stays writable. Nobody of the program
+    // is awake to see what arrives before it has its protection.
+    moved = MoveOver(place->base + (begin - place->begin), begin, end - begin) >= 0;
     if (moved) Call(__NR_madvise, Word(begin), Word(end - begin), kDontNeed);
+    if (moved && protection != (kRead | kWrite)) moved = Protect(begin, end, protection) >= 0;
   }
   if (!moved) {
     // SAFETY: replaces a mapping of an image whose content its owner has just given back.
