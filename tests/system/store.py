@@ -7,7 +7,7 @@ import signal
 import struct
 import subprocess
 
-from harness import PROGRAMS, SOURCE, USER_MISTAKE, Skip, demand, main, poll, state, vmas
+from harness import PROGRAMS, SOURCE, USER_MISTAKE, Skip, demand, main, poll, read_proc, threads, vmas
 from stock_unmoor import CRIU
 
 DAMAGED = 3
@@ -130,7 +130,8 @@ def repair(story):
 
 def await_stopped(pid):
     os.kill(pid, signal.SIGSTOP)
-    poll(lambda: state(pid) == "T", "the program to be stopped")
+    poll(lambda: all(read_proc(pid, f"task/{t}/stat").rsplit(")", 1)[1].split()[0] == "T" for t in threads(pid)),
+         "all threads to be stopped")
 
 
 def reader(*words, code=0):
@@ -253,6 +254,7 @@ def restore_by_stock_criu(story, churn, plain):
     demand(done.wait(60) == 0, f"criu restore failed, its log: {log}")
     churn.popen = None
     demand(not [v for v in vmas(churn.pid) if story.folder in v.name], "it maps nothing of an image")
+    os.kill(churn.pid, signal.SIGCONT)  # some were stopped when dumped
     churn.await_sweep()
     churn.end()
 

@@ -47,6 +47,7 @@ Action ConfigureStatus(CLI::App& app);
 Action ConfigureWait(CLI::App& app);
 Action ConfigureShow(CLI::App& app);
 Action ConfigureVerify(CLI::App& app);
+Action ConfigureExport(CLI::App& app);
 Action ConfigureLog(CLI::App& app);
 Action ConfigureRemove(CLI::App& app);
 Action ConfigureCollect(CLI::App& app);

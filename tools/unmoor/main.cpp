@@ -22,6 +22,7 @@ constexpr CommandEntry kCommands[] = {
     {"wait", "Wait until a process is READY", false, ConfigureWait, 3},
     {"show", "What an image directory holds", false, ConfigureShow},
     {"verify", "Is an image directory undamaged; repair it from a copy", false, ConfigureVerify},
+    {"export", "Write a plain CRIU directory, which stock criu restores", false, ConfigureExport},
     {"log", "The generations in a store: when, after which, how much was written", false,
      ConfigureLog},
     {"rm", "Remove image directories", false, ConfigureRemove},
