@@ -2,6 +2,7 @@
 #include "store/verify.h"
 
 #include <algorithm>
+#include <charconv>
 #include <map>
 #include <memory>
 #include <set>
@@ -23,6 +24,17 @@ constexpr std::string_view kPagesSuffix = ".pages";
 
 Damage Whole(std::string file, const Error& error) {
   return {std::move(file), std::nullopt, error.message(), {}};
+}
+
+// The id in "pagemap-shmem-34.img".
+std::optional<uint64_t> SharedMemoryOf(std::string_view name) {
+  constexpr std::string_view kPrefix = "pagemap-shmem-";
+  if (!name.starts_with(kPrefix)) return std::nullopt;
+  uint64_t id = 0;
+  const char* const end = name.data() + name.size();
+  const auto parsed = std::from_chars(name.data() + kPrefix.size(), end, id);
+  if (parsed.ec != std::errc() || std::string_view(parsed.ptr, end) != ".img") return std::nullopt;
+  return id;
 }
 
 class Verifier {
@@ -198,6 +210,11 @@ void Verifier::CheckCriu() {
           Whole(fmt::format("{}/mm-{}.img", directory, task.vpid), vmas.error()));
     }
     CheckPagemap({criu::StreamKind::kTask, task.vpid});
+  }
+  for (const std::string& name : ListDirectory(directory).value_or(std::vector<std::string>{})) {
+    if (const auto id = SharedMemoryOf(name)) {
+      CheckPagemap({criu::StreamKind::kSharedMemory, *id});
+    }
   }
 }
 

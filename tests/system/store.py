@@ -86,6 +86,10 @@ def verify_finds_all_damage(story):
     flip(os.path.join(image, "manifest.json"), 100)
     os.truncate(index, 100)
     os.truncate(pages, 4096)
+    criu_pages = os.path.join(image, "criu", "pages-1.img")
+    os.truncate(criu_pages, os.path.getsize(criu_pages) - 4096)
+    found = {d["file"] for d in verify(story, image, expect=DAMAGED)["damages"]}
+    demand(criu_pages in found, f"CRIU's pages are too few: {found}")
     os.truncate(os.path.join(image, "criu", "pstree.img"), 9)
     found = {d["file"] for d in verify(story, image, expect=DAMAGED)["damages"]}
     demand(index in found and os.path.join(image, "criu") in found, f"all parts are told: {found}")
