@@ -28,8 +28,8 @@ struct DirectMapping {
 
 struct TaskMapping {
   uint32_t vpid = 0;
-  std::vector<DirectMapping> mappings;  // ascending, disjoint
-  std::vector<DirectMapping> loads;     // ascending, disjoint: pages CRIU is to load over them
+  std::vector<DirectMapping> mappings;    // ascending, disjoint
+  std::vector<DirectMapping> loads = {};  // ascending, disjoint: pages CRIU is to load over them
 };
 
 // A layer's pages, open for reading.

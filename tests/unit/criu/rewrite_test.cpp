@@ -1,12 +1,15 @@
 #include "criu/rewrite.h"
 
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <sys/mman.h>
 
+#include <map>
 #include <stdexcept>
 
 #include "criu/image_codec.h"
 #include "criu/metadata.h"
+#include "criu/page_images.h"
 #include "os/file.h"
 #include "proto/image.pb.h"
 
@@ -103,6 +106,49 @@ class Rewrite : public ::testing::Test {
   std::string images_;
   std::string view_;
 };
+
+// CRIU's pages are 'a', 'b' … by their order; the layer's 'A', 'B' … by their offset.
+TEST_F(Rewrite, PagesOfDeltasAreMergedWithCriusAndWin) {
+  const auto pages = [](char first, size_t count) {
+    std::string text;
+    for (size_t i = 0; i < count; ++i) text.append(kPageSize, static_cast<char>(first + i));
+    return text;
+  };
+  const PageStreamId id{StreamKind::kTask, 7};
+  PageImageWriter writer(images_);
+  Require(writer.Open(id));
+  const std::string criu_pages = pages('a', 6);
+  const auto criu = std::as_bytes(std::span(criu_pages));
+  Require(writer.Pages(id, Vaddr(0x100000), 0, criu.first(4 * kPageSize)));
+  Require(writer.Absent(id, {Vaddr(0x104000), Vaddr(0x106000)}, kPageLazy));
+  Require(writer.Pages(id, Vaddr(0x300000), 0, criu.subspan(4 * kPageSize)));
+  Require(writer.Finish(false));
+  const std::string layer_path = root_ + "/layer";
+  Require(WriteFile(layer_path, pages('A', 8)));
+  const Fd layer = OpenFile(layer_path, O_RDONLY).value();
+
+  TaskMapping task{7, {Mapping(0x100000, 0x240000)}};
+  task.loads = {Mapping(0xff000, 0x100000, 0, 0x7000), Mapping(0x101000, 0x102000, 0, 0x1000),
+                Mapping(0x103000, 0x105000, 0, 0x3000), Mapping(0x200000, 0x201000, 0, 0)};
+  const std::vector<LayerFile> files = {{layer.get(), layer_path}};
+  const auto done = RewriteForDirectMap(images_, view_, std::vector{task}, files);
+  ASSERT_TRUE(done) << done.error().message();
+
+  const Pagemap merged = ReadPagemap(view_, id).value();
+  const std::string data = ReadFile(view_ + "/" + PagesName(merged.pages_id)).value();
+  std::map<uint64_t, char> found;
+  for (const PagemapEntry& entry : merged.entries) {
+    for (uint64_t at = 0; at < entry.range.size().value; at += kPageSize) {
+      const bool present = (entry.flags & kPagePresent) != 0;
+      found[entry.range.begin.value + at] = present ? data.at(entry.pages.value + at) : '-';
+    }
+  }
+  const std::map<uint64_t, char> expected = {
+      {0xff000, 'H'},  {0x100000, 'a'}, {0x101000, 'B'}, {0x102000, 'c'}, {0x103000, 'D'},
+      {0x104000, 'E'}, {0x105000, '-'}, {0x200000, 'A'}, {0x300000, 'e'}, {0x301000, 'f'}};
+  EXPECT_EQ(found, expected);
+  EXPECT_EQ(data.size(), 9 * kPageSize);
+}
 
 TEST_F(Rewrite, MappedVmasNameTheLayersFileAtTheirOffset) {
   const auto done = Map({{7, {Mapping(0x100000, 0x240000, 3)}}});
