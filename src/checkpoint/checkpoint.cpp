@@ -173,9 +173,9 @@ Result<> Dumper::OpenParent() {
   if (options_.parent) {
     auto parent = Parent::Open(*options_.parent);
     if (!parent) {
-      return Failure(Error(parent.error().kind(), parent.error().errnum(),
-                           fmt::format("{} (--prev-images-dir); nothing was touched",
-                                       parent.error().message())));
+      return Failure(Error(
+          parent.error().kind(), parent.error().errnum(),
+          fmt::format("{} (--prev-images-dir); nothing was touched", parent.error().message())));
     }
     parent_.emplace(*std::move(parent));
     return {};
@@ -364,7 +364,7 @@ Result<> Dumper::DescribeLayers(Manifest& manifest, const std::string& directory
                                 const PageRouter& router) const {
   if (!router.layer()) return {};
   const LayerInfo& fresh = *router.layer();
-  std::vector<const LayerInfo*> infos;  // of manifest.layers
+  std::vector<const LayerInfo*> infos;   // of manifest.layers
   std::map<uint32_t, uint32_t> parents;  // the parent's index -> ours
   std::optional<uint32_t> own;
   const auto use_parents = [&](uint32_t index) {

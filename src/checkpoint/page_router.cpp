@@ -103,10 +103,9 @@ Result<> PageRouter::OpenTask(uint32_t vpid) {
   const std::vector<VaddrRange> mapped = MappedRanges(task.plan);
   if (!mapped.empty()) {
     if (!writer_) {
-      UNMOOR_ASSIGN(writer_, LayerWriter::Create(options_.layers_directory, options_.layer_id,
-                                                 WriteBack::kLater,
-                                                 options_.parent != nullptr ? ZeroPages::kKeep
-                                                                            : ZeroPages::kHole));
+      UNMOOR_ASSIGN(writer_, LayerWriter::Create(
+                                 options_.layers_directory, options_.layer_id, WriteBack::kLater,
+                                 options_.parent != nullptr ? ZeroPages::kKeep : ZeroPages::kHole));
     }
     UNMOOR_TRY(writer_->AddTask(vpid, mapped));
   }
@@ -188,9 +187,8 @@ Result<> PageRouter::WriteToLayer(uint32_t vpid, const RoutedTask& task, size_t 
 
 Result<> PageRouter::HideVanished(uint32_t vpid, RoutedTask& task, Vaddr end) {
   static const std::vector<std::byte> zeros(kChunk);
-  const auto first = std::ranges::partition_point(task.plan, [&](const PlannedVma& item) {
-    return item.vma.range.end <= task.settled;
-  });
+  const auto first = std::ranges::partition_point(
+      task.plan, [&](const PlannedVma& item) { return item.vma.range.end <= task.settled; });
   for (auto i = static_cast<size_t>(first - task.plan.begin()); i < task.plan.size(); ++i) {
     if (task.plan[i].vma.range.begin >= end) break;
     if (!task.bases[i]) continue;

@@ -32,7 +32,7 @@ namespace unmoor {
 struct RoutedTask {
   Pid pid;
   std::vector<PlannedVma> plan;
-  std::vector<Bytes> saved;  // of each VMA of the plan: bytes of pages received
+  std::vector<Bytes> saved;                      // of each VMA of the plan: bytes of pages received
   std::vector<std::optional<ParentBase>> bases;  // of each VMA: what it stands on
   Vaddr settled;  // the parent's pages below it have been received or hidden
 };

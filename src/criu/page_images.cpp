@@ -116,8 +116,8 @@ std::string EncodePagemap(uint32_t pages_id, std::span<const PagemapEntry> entri
   for (size_t i = 0; i < entries.size();) {
     VaddrRange range = entries[i].range;
     const uint32_t flags = entries[i].flags;
-    for (++i; i < entries.size() && entries[i].flags == flags &&
-              entries[i].range.begin == range.end;
+    for (++i;
+         i < entries.size() && entries[i].flags == flags && entries[i].range.begin == range.end;
          ++i) {
       range.end = entries[i].range.end;
     }

@@ -202,7 +202,8 @@ Result<std::vector<std::string>> MergePages(const std::string& criu_directory,
     at = at + run.entry.range.size();
   }
   const std::string name = PagemapName(id);
-  UNMOOR_TRY(WriteFile(view_directory + "/" + name, EncodePagemap(pagemap.pages_id, entries), 0600));
+  UNMOOR_TRY(
+      WriteFile(view_directory + "/" + name, EncodePagemap(pagemap.pages_id, entries), 0600));
   return std::vector<std::string>{name, pages_name};
 }
 

@@ -2,9 +2,9 @@
 //
 // The view is a directory of symbolic links to CRIU's own files, except mm-<vpid>.img of the mapped
 // tasks and files.img, which are new; tasks with pages to load get a pagemap and a pages image of
-// their own, CRIU's pages and these merged. CRIU's own files are never touched. Each (task, layer) gets a
-// file id of its own: with a shared one CRIU takes the mapping of a child for its parent's and the
-// child silently gets the parent's memory. CRIU learns the files themselves by
+// their own, CRIU's pages and these merged. CRIU's own files are never touched. Each (task, layer)
+// gets a file id of its own: with a shared one CRIU takes the mapping of a child for its parent's
+// and the child silently gets the parent's memory. CRIU learns the files themselves by
 //   --inherit-fd fd[N]:unmoor-layer-<layer>
 // Failure leaves a partly filled view, which the caller removes. Thread-safe.
 #pragma once
@@ -43,8 +43,8 @@ struct LayerFile {
 // The argument: "fd[7]:unmoor-layer-3".
 [[nodiscard]] std::string InheritFdArgument(int fd, uint32_t layer);
 
-// `criu_directory` is absolute; `view_directory` exists and is empty. `layers[i]` is layer i; needed
-// where a task has loads.
+// `criu_directory` is absolute; `view_directory` exists and is empty. `layers[i]` is layer i;
+// needed where a task has loads.
 [[nodiscard]] Result<> RewriteForDirectMap(const std::string& criu_directory,
                                            const std::string& view_directory,
                                            std::span<const TaskMapping> tasks,

@@ -154,7 +154,8 @@ std::string MemoryText(const std::string& directory, const Manifest& manifest) {
   return text;
 }
 
-// "  layer 0 + 2 + 3": its own and the deltas over it, lowest first, as the list of layers has them.
+// "  layer 0 + 2 + 3": its own and the deltas over it, lowest first, as the list of layers has
+// them.
 std::string LayersOf(const ManifestVma& vma) {
   if (vma.kind != VmaKind::kMapped) return "";
   std::string text = fmt::format("  layer {}", vma.layer);
@@ -207,8 +208,7 @@ void ShowText(const std::string& directory, const Manifest& manifest,
   for (const ShownLayer& layer : layers) {
     text += fmt::format("  {:>2}  {}  {:>10} of pages, {:>10} on disk, {} extents, {} segments\n",
                         number++, layer.entry.id, HumanBytes(layer.entry.data),
-                        HumanBytes(layer.allocated),
-                        layer.extents, layer.segments);
+                        HumanBytes(layer.allocated), layer.extents, layer.segments);
   }
   if (layers.empty()) text += "  none: no VMA was worth mapping\n";
   std::fwrite(text.data(), 1, text.size(), stdout);
