@@ -471,22 +471,35 @@ void DetachLastPage(const Descriptors& fds, uint64_t end) {
   if (tracked) NoteWritten(page, end);
 }
 
-// Reads what waits. `held`: a window is open, so nobody who is let go gets past the handler.
-void AnswerEvents(const Descriptors& fds, const Sleepers& sleepers, bool held) {
-  struct {
-    uint64_t begin, end;
-  } unmapped[kEventsAtOnce];
+// Where munmap may have shortened a mapping, to be looked at once everybody is in.
+struct Cuts {
+  uint64_t at[1024];
+  uint32_t count;
+};
+Cuts cuts;
+
+bool IsShortened(const Descriptors& fds, uint64_t end) {
+  kernel::ProcmapQuery below;
+  return QueryVma(fds, end - kPage, below) && below.vma_end == end && below.vma_start < end &&
+         IsImage(below);
+}
+
+// Reads what waits.
+void AnswerEvents(const Descriptors& fds, const Sleepers& sleepers) {
   struct {
     uint64_t old_end, new_end;
   } grown[kEventsAtOnce];
-  uint32_t unmapped_count = 0, grown_count = 0;
+  uint32_t grown_count = 0;
   for (int i = 0; i < kEventsAtOnce; ++i) {
     uffd_msg message{};
     if (Call(__NR_read, fds.uffd, Address(&message), sizeof(message)) != sizeof(message)) break;
     if (message.event == UFFD_EVENT_REMOVE) {
       GiveBack(fds, message.arg.remove.start, message.arg.remove.end);
     } else if (message.event == UFFD_EVENT_UNMAP) {
-      unmapped[unmapped_count++] = {message.arg.remove.start, message.arg.remove.end};
+      const uint64_t begin = message.arg.remove.start;
+      NoteWritten(begin, message.arg.remove.end);
+      const bool room = cuts.count < sizeof(cuts.at) / sizeof(cuts.at[0]);
+      if (room && IsShortened(fds, begin)) cuts.at[cuts.count++] = begin;
     } else if (message.event == UFFD_EVENT_REMAP) {
       const uint64_t from = message.arg.remap.from, to = message.arg.remap.to;
       const uint64_t length = message.arg.remap.len;
@@ -501,33 +514,38 @@ void AnswerEvents(const Descriptors& fds, const Sleepers& sleepers, bool held) {
   for (uint32_t i = 0; i < grown_count; ++i) {
     ZeroGrowth(fds, grown[i].old_end, grown[i].new_end);
   }
-  for (uint32_t i = 0; i < unmapped_count; ++i) {
-    NoteWritten(unmapped[i].begin, unmapped[i].end);
-    kernel::ProcmapQuery below;
-    const uint64_t end = unmapped[i].begin;
-    const bool shortened = QueryVma(fds, end - kPage, below) && below.vma_end == end &&
-                           below.vma_start < end && IsImage(below);
-    if (shortened && held && AwaitEverybody(fds.tasks, kDetachLimit).open) DetachLastPage(fds, end);
-  }
 }
 
-// Everybody in, with the events of those that wait for one answered on the way.
-WindowAttempt OpenServing(const Descriptors& fds, int64_t limit_ns) {
+// After HoldReturns: everybody in, with the events of those that wait for one answered on the way; a
+// thread may have several, one after the other. What was shortened makes it wait for longer than the
+// limit.
+WindowAttempt AwaitServing(const Descriptors& fds, int64_t limit_ns) {
   constexpr int64_t kBetweenLooks = 100'000;
-  const int64_t until = raw::Now() + limit_ns;
+  const int64_t began = raw::Now();
   WindowAttempt attempt;
-  attempt.error = HoldReturns(fds.tasks);
-  while (attempt.error >= 0) {
+  for (;;) {
     if (raw::Readable(fds.uffd)) {
       Sleepers sleepers{};
       sleepers.fds = &fds;
       VisitUntilSettled(fds.tasks, LookAtSleeper, &sleepers, kSettleLimit);
-      AnswerEvents(fds, sleepers, true);
+      AnswerEvents(fds, sleepers);
     }
-    const int64_t left = until - raw::Now();
+    const int64_t limit = cuts.count > 0 && limit_ns < kDetachLimit ? kDetachLimit : limit_ns;
+    const int64_t left = began + limit - raw::Now();
     attempt = AwaitEverybody(fds.tasks, left < kBetweenLooks ? left : kBetweenLooks);
-    if (attempt.open || left <= 0) break;
+    if (attempt.error < 0 || attempt.open || left <= 0) break;
   }
+  for (uint32_t i = 0; attempt.open && i < cuts.count; ++i) {
+    if (IsShortened(fds, cuts.at[i])) DetachLastPage(fds, cuts.at[i]);
+  }
+  cuts.count = 0;
+  return attempt;
+}
+
+WindowAttempt OpenServing(const Descriptors& fds, int64_t limit_ns) {
+  WindowAttempt attempt;
+  attempt.error = HoldReturns(fds.tasks);
+  if (attempt.error >= 0) attempt = AwaitServing(fds, limit_ns);
   if (!attempt.open) CloseWindow();
   return attempt;
 }
@@ -542,13 +560,12 @@ void ServeEventsLocked(const Descriptors& fds) {
   // is sent a signal, and nobody returns from the kernel until all are answered.
   const bool alone = CountThreads(fds.tasks) == 1;
   if (alone) ForEachSleeping(fds.tasks, LookAtSleeper, &sleepers);
-  const bool known = alone && sleepers.giving_back == 1;
-  if (!known) {
-    HoldReturns(fds.tasks);
-    VisitUntilSettled(fds.tasks, LookAtSleeper, &sleepers, kSettleLimit);
-  }
-  AnswerEvents(fds, sleepers, !known);
-  if (!known) CloseWindow();
+  if (alone && sleepers.giving_back == 1) return AnswerEvents(fds, sleepers);
+  HoldReturns(fds.tasks);
+  VisitUntilSettled(fds.tasks, LookAtSleeper, &sleepers, kSettleLimit);
+  AnswerEvents(fds, sleepers);
+  if (cuts.count > 0) AwaitServing(fds, kDetachLimit);
+  CloseWindow();
 }
 
 // The window with both locks held.
