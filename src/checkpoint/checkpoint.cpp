@@ -477,6 +477,7 @@ Result<CheckpointReport> Dumper::Run() {
   routing.sync = !options_.leave_running;
   routing.plan = options_.plan;
   if (parent_) routing.parent = &*parent_;
+  routing.parent_asked_for = options_.parent.has_value();
   if (observer_.dumping) {
     routing.progress = [this, expected = ExpectedBytes()](Bytes done) {
       observer_.dumping(done, std::max(done, expected));

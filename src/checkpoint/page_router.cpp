@@ -21,11 +21,13 @@ constexpr uint64_t kChunk = criu::PageServer::kChunk.value;
 
 // Whether so much differs from the parent that the VMA is better written in full: a delta's pages
 // are copied at restore instead of mapped. Told from a sample, since the answer is needed before
-// the first page comes; right or wrong, it decides about cost only.
-bool IsMostlyChanged(Pid pid, const Parent& parent, const ParentBase& base) {
+// the first page comes; right or wrong, it decides about cost only. Nobody who did not ask for a
+// delta shall find a slower restore: then a few megabytes are too much.
+bool IsMostlyChanged(Pid pid, const Parent& parent, const ParentBase& base, bool asked_for) {
   constexpr uint64_t kSamples = 128;
+  constexpr uint64_t kUnnoticed = uint64_t{4} << 20;
   constexpr uint64_t kEnough = uint64_t{64} << 20;  // less is copied in no time
-  if (base.pages.data.value < kEnough) return false;
+  if (base.pages.data.value < (asked_for ? kEnough : kUnnoticed)) return false;
   uint64_t changed = 0;
   auto run = base.pages.all.begin();
   uint64_t before = 0;  // bytes in the runs before `run`
@@ -39,6 +41,7 @@ bool IsMostlyChanged(Pid pid, const Parent& parent, const ParentBase& base) {
     if (!parent.Read(base, {page, page + Bytes(kPageSize)}, then)) return false;
     if (now != then) ++changed;
   }
+  if (!asked_for) return base.pages.data.value / kSamples * changed > kUnnoticed;
   return changed * 4 > kSamples;
 }
 
@@ -96,7 +99,7 @@ Result<> PageRouter::OpenTask(uint32_t vpid) {
   for (size_t i = 0; options_.parent != nullptr && i < task.plan.size(); ++i) {
     if (!task.plan[i].mapped) continue;
     task.bases[i] = options_.parent->Find(vpid, task.plan[i].vma);
-    if (task.bases[i] && IsMostlyChanged(pid, *options_.parent, *task.bases[i])) {
+    if (task.bases[i] && IsMostlyChanged(pid, *options_.parent, *task.bases[i], options_.parent_asked_for)) {
       task.bases[i].reset();
     }
   }

@@ -47,6 +47,7 @@ class PageRouter : public criu::PageSink {
     bool sync = true;  // Close() returns when all is on disk
     CheckpointPlanOptions plan;
     const Parent* parent = nullptr;
+    bool parent_asked_for = false;  // rather than found
     std::function<void(Bytes)> progress;  // bytes received so far; now and then
   };
   explicit PageRouter(Options options)
