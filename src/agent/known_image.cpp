@@ -32,12 +32,7 @@ void ForgetEnded() {
   }
 }
 
-}  // namespace
-
-void RememberImage(Pid pid, const KnownImage& image) {
-  const std::string directory = RuntimeDirectory();
-  if (!Exists(directory) && !MakeDirectory(directory, 0755)) return;
-  ForgetEnded();
+void Write(Pid pid, const KnownImage& image) {
   const auto process = ReadProcess(pid);
   if (!process) return;
   const json content = {{"start_time", process->start_time},
@@ -46,6 +41,15 @@ void RememberImage(Pid pid, const KnownImage& image) {
   const std::string temporary = fmt::format("{}.{}", PathFor(pid), OwnPid().value);
   const std::string text = content.dump(-1, ' ', false, json::error_handler_t::replace) + "\n";
   if (WriteFile(temporary, text)) (void)Rename(temporary, PathFor(pid));
+}
+
+}  // namespace
+
+void RememberImage(std::span<const Pid> pids, const KnownImage& image) {
+  const std::string directory = RuntimeDirectory();
+  if (!Exists(directory) && !MakeDirectory(directory, 0755)) return;
+  ForgetEnded();
+  for (const Pid pid : pids) Write(pid, image);
 }
 
 std::optional<KnownImage> FindKnownImage(Pid pid) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <optional>
+#include <span>
 #include <string>
 
 #include "base/units.h"
@@ -17,8 +18,8 @@ struct KnownImage {
   std::string checkpoint_id;
 };
 
-// Also forgets those of processes that have ended.
-void RememberImage(Pid pid, const KnownImage& image);
+// Of all these processes. Also forgets those that have ended.
+void RememberImage(std::span<const Pid> pids, const KnownImage& image);
 [[nodiscard]] std::optional<KnownImage> FindKnownImage(Pid pid);
 
 }  // namespace unmoor

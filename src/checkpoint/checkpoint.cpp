@@ -517,7 +517,7 @@ Result<CheckpointReport> Dumper::Run() {
   report_.allocated += router.criu_bytes();
   report_.elapsed = MonotonicNow() - begin;
   if (options_.leave_running) {
-    RememberImage(options_.pid, {report_.directory, report_.manifest.checkpoint_id});
+    RememberImage({&options_.pid, 1}, {report_.directory, report_.manifest.checkpoint_id});
   }
   return std::move(report_);
 }

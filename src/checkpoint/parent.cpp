@@ -50,6 +50,9 @@ Result<Parent> Parent::Open(const std::string& directory) {
     UNMOOR_ASSIGN(LayerReader reader, LayerReader::Open(parent.directory_, entry));
     parent.layers_.push_back(std::move(reader));
   }
+  std::vector<const LayerInfo*> infos;
+  for (const LayerReader& layer : parent.layers_) infos.push_back(&layer.info());
+  parent.overlay_.emplace(infos, parent.directory_);
   return parent;
 }
 
@@ -63,12 +66,9 @@ std::optional<ParentBase> Parent::Find(uint32_t vpid, const VmaInfo& vma) const 
     if (best == nullptr || shared > best->range.Intersect(vma.range).size()) best = &old;
   }
   if (best == nullptr) return std::nullopt;
-  std::vector<const LayerInfo*> infos;
-  for (const LayerReader& layer : layers_) infos.push_back(&layer.info());
-  const Overlay overlay(infos, directory_);
-  const auto reached = overlay.Reach(vpid, *best, vma.range);
+  const auto reached = overlay_->Reach(vpid, *best, vma.range);
   if (!reached) return std::nullopt;
-  auto pages = overlay.Resolve(vpid, *reached);
+  auto pages = overlay_->Resolve(vpid, *reached);
   if (!pages) return std::nullopt;
   ParentBase base{*reached, *std::move(pages)};
   if (!IsWorthwhile(base, vma)) return std::nullopt;

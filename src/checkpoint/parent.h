@@ -51,6 +51,7 @@ class Parent {
   std::string directory_;
   Manifest manifest_;
   std::vector<LayerReader> layers_;
+  std::optional<Overlay> overlay_;  // of layers_, whose elements stay where they are
 };
 
 }  // namespace unmoor

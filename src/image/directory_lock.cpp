@@ -4,18 +4,17 @@
 #include <fcntl.h>
 
 #include <cerrno>
-#include <chrono>
-#include <thread>
 #include <utility>
 
 #include "os/file.h"
 #include "os/file_lock.h"
+#include "os/process_control.h"
 
 namespace unmoor {
 namespace {
 
 constexpr int kTries = 50;
-constexpr std::chrono::milliseconds kPause(10);
+constexpr Nanos kPause(10'000'000);
 
 // Whether `dir` still stands for what `fd` opened.
 bool IsStill(const std::string& dir, const Fd& fd) {
@@ -43,7 +42,7 @@ void DirectoryLock::Release() {
 Result<DirectoryLock> DirectoryLock::Take(const std::string& dir, LockUse use) {
   std::string holder;
   for (int i = 0; i < kTries; ++i) {
-    if (i > 0) std::this_thread::sleep_for(kPause);
+    if (i > 0) SleepFor(kPause);
     auto fd = OpenFile(dir, O_RDONLY | O_DIRECTORY);
     if (!fd && (fd.error().errnum() == ENOENT || fd.error().errnum() == ENOTDIR)) {
       return DirectoryLock();

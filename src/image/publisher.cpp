@@ -16,6 +16,7 @@
 #include "base/log.h"
 #include "image/layout.h"
 #include "os/file.h"
+#include "os/file_lock.h"
 
 namespace unmoor {
 namespace {

@@ -4,7 +4,6 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <linux/magic.h>
-#include <sys/file.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -291,12 +290,6 @@ Result<std::vector<FileRange>> DataRanges(int fd, FileRange range, const std::st
     at = end;
   }
   return ranges;
-}
-
-Result<bool> TryLock(int fd, const std::string& name) {
-  if (::flock(fd, LOCK_EX | LOCK_NB) == 0) return true;
-  if (errno == EWOULDBLOCK) return false;
-  return FileError(errno, "lock", name);
 }
 
 }  // namespace unmoor

@@ -76,7 +76,4 @@ void StartWriteback(int fd, FileOffset offset, Bytes length);
 [[nodiscard]] Result<std::vector<FileRange>> DataRanges(int fd, FileRange range,
                                                         const std::string& name);
 
-// Advisory exclusive lock (flock) without waiting; false when somebody else holds it.
-[[nodiscard]] Result<bool> TryLock(int fd, const std::string& name);
-
 }  // namespace unmoor

@@ -11,10 +11,22 @@
 
 namespace unmoor {
 
-Result<bool> TryLockShared(int fd, const std::string& name) {
-  if (::flock(fd, LOCK_SH | LOCK_NB) == 0) return true;
+namespace {
+
+Result<bool> TryLockAs(int kind, int fd, const std::string& name) {
+  if (::flock(fd, kind | LOCK_NB) == 0) return true;
   if (errno == EWOULDBLOCK) return false;
   return SystemError(errno, "cannot lock " + name);
+}
+
+}  // namespace
+
+Result<bool> TryLock(int fd, const std::string& name) {
+  return TryLockAs(LOCK_EX, fd, name);
+}
+
+Result<bool> TryLockShared(int fd, const std::string& name) {
+  return TryLockAs(LOCK_SH, fd, name);
 }
 
 void Unlock(int fd) {

@@ -1,4 +1,4 @@
-// Locks of files and directories (flock): shared ones, and who holds them. Beside TryLock of file.h.
+// Locks of files and directories (flock), and who holds them.
 //
 // The kernel drops such a lock when the last descriptor of the open file is closed. Thread-safe.
 #pragma once
@@ -9,6 +9,8 @@
 
 namespace unmoor {
 
+// An exclusive lock without waiting; false when somebody else holds one.
+[[nodiscard]] Result<bool> TryLock(int fd, const std::string& name);
 // A shared lock without waiting; false when somebody holds it exclusively.
 [[nodiscard]] Result<bool> TryLockShared(int fd, const std::string& name);
 // Gives up the lock of the open file, for every descriptor of it.

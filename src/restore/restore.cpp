@@ -292,7 +292,7 @@ Result<RestoredProgram> Restorer::Run() {
   spdlog::debug("prepared in {}, criu {}, found the tasks in {}, agent {}",
                 HumanTime(prepared - begin), HumanTime(report_.criu_time),
                 HumanTime(found - prepared - report_.criu_time), HumanTime(MonotonicNow() - found));
-  for (const Pid pid : tasks->alive) RememberImage(pid, {directory_, manifest_.checkpoint_id});
+  RememberImage(tasks->alive, {directory_, manifest_.checkpoint_id});
   report_.root = tasks->root;
   report_.tasks = tasks->alive;
   report_.elapsed = MonotonicNow() - begin;

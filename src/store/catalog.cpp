@@ -13,6 +13,7 @@
 #include "image/layout.h"
 #include "image/publisher.h"
 #include "os/file.h"
+#include "os/file_lock.h"
 
 namespace unmoor {
 namespace {

@@ -8,9 +8,7 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <cstdlib>
-#include <thread>
 
 #include "base/fault_point.h"
 #include "image/layout.h"
@@ -748,7 +746,7 @@ Result<SwapOutcome> LocalCarrier::Conclude(const WindowResult& result) {
   lateness_ += 3;
   if (busy_since_.value == 0) busy_since_ = MonotonicNow();
   // A window in vain stops the program as a good one does; it shall run for most of the time.
-  std::this_thread::sleep_for(std::chrono::nanoseconds(kRestAfterVain * result.pause_ns));
+  SleepFor(Nanos(kRestAfterVain * result.pause_ns));
   if (MonotonicNow() - busy_since_ > kPatience) {
     busy_since_ = MonotonicNow();  // the patience stays
     return Errno(EBUSY, fmt::format("thread {} does not come to rest: it sleeps in the kernel, or "

@@ -1,5 +1,6 @@
 // Files and directories on a real file system.
 #include "os/file.h"
+#include "os/file_lock.h"
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
