@@ -1,18 +1,28 @@
 #!/usr/bin/env python3
 """Sums up a CTest run from its JUnit file: summary.py RESULTS.xml LEFTOVERS_EXIT_CODE
 
-Failures come with the end of their output, skipped tests with their reason. The last line is
+Failures come with their first complaint and the end of their output, skipped tests with their reason. The last line is
 "N passed, N failed, N skipped"; things left behind count as one more failure.
 """
 import sys
 import xml.etree.ElementTree as ElementTree
 
 FAILURE_LINES = 30
+COMPLAINTS = ("Failure", "Traceback", "FAILED", "error:", "ERROR: ")
 
 
-def last_lines(case, count):
-    text = (case.findtext("system-out") or "").rstrip()
-    return text.splitlines()[-count:]
+def output_lines(case):
+    return (case.findtext("system-out") or "").rstrip().splitlines()
+
+
+def complaint(case):
+    """The lines from the first that complains, then the last lines; each line once."""
+    lines = output_lines(case)
+    first = next((i for i, line in enumerate(lines)
+                  if any(word in line for word in COMPLAINTS)), len(lines))
+    tail = max(len(lines) - FAILURE_LINES, 0)
+    head = lines[first:min(first + FAILURE_LINES, tail)]
+    return head + ["..."] * bool(head) + lines[tail:]
 
 
 def main():
@@ -35,10 +45,10 @@ def main():
     print()
     for case in failed:
         print(f"FAILED {case.get('name')}")
-        for line in last_lines(case, FAILURE_LINES):
+        for line in complaint(case):
             print(f"    {line}")
     for case in skipped:
-        reason = (last_lines(case, 1) or ["no reason given"])[0]
+        reason = (output_lines(case) or ["no reason given"])[-1]
         print(f"skipped {case.get('name')}: {reason}")
     if left_behind:
         print("FAILED nothing is left behind (see above)")

@@ -101,7 +101,8 @@ struct PollFd {
 
 bool Readable(int fd, int64_t timeout_ns) {
   PollFd poll = {fd, 1 /*POLLIN*/, 0};
-  const int64_t timeout[2] = {0, timeout_ns};
+  constexpr int64_t kSecond = 1'000'000'000;
+  const int64_t timeout[2] = {timeout_ns / kSecond, timeout_ns % kSecond};
   return Syscall(__NR_ppoll, Address(&poll), 1, Address(timeout), 0, 8) > 0;
 }
 
@@ -801,7 +802,9 @@ extern "C" [[noreturn]] __attribute__((used)) void unmoor_helper_main(Data* data
   data.socket = sockets[0];
   data.worker_socket = sockets[1];
   __atomic_store_n(&data.state, 1, __ATOMIC_RELEASE);
-  if (data.start_error == 0) {
+  // Until the worker's first list closes its end here too, its death would not show.
+  constexpr int64_t kAdoption = 2'000'000'000;
+  if (data.start_error == 0 && Readable(data.socket, kAdoption)) {
     while (Serve(data)) {
     }
   }

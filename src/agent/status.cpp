@@ -90,7 +90,8 @@ Result<ProcessStatus> QueryStatus(Pid pid) {
   } else if (status.agent) {
     status.status = Status::kLater;
     status.reason = "the agent is leaving the program";
-  } else if (progress && !progress->finished && IsAnythingLeft(pid)) {
+  } else if (progress && (!progress->finished || !progress->problem.empty()) &&
+             IsAnythingLeft(pid)) {
     status.status = Status::kLater;
     status.reason = "its agent died and left traces in it; run `unmoor remap` to remove them";
   }

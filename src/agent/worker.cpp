@@ -30,7 +30,10 @@ constexpr Nanos kStopLimit(5'000'000'000);
 constexpr Nanos kSaveInterval(50'000'000);
 constexpr int kExecCheckEvery = 10;          // looks at the program's events
 constexpr Nanos kStopTogether(100'000'000);  // all threads at once, for injecting
-constexpr int kBorrowAttempts = 200;
+constexpr Nanos kStopTogetherLate(500'000'000);
+constexpr Nanos kLate(5'000'000'000);
+constexpr Nanos kBorrowPatience(60'000'000'000);
+constexpr Nanos kBorrowPause(5'000'000);
 
 }  // namespace
 
@@ -58,14 +61,7 @@ Result<bool> Worker::Begin(Fd old_uffd) {
   RememberImages(vmas);
   const bool mapped = std::ranges::any_of(vmas, MapsPageImage);
   if (!mapped && leftovers.empty() && helpers.empty()) return false;
-  for (int attempt = 0;; ++attempt) {
-    const auto injected = StopAndInject();
-    if (injected) break;
-    if (injected.error().errnum() != EAGAIN || attempt == kBorrowAttempts) {
-      return Failure(injected.error());
-    }
-    SleepFor(Nanos(5'000'000));
-  }
+  UNMOOR_TRY(RepeatWhileBusy([this](Nanos stop_limit) { return StopAndInject(stop_limit); }));
   SaveProgress("");
   return true;
 }
@@ -77,10 +73,24 @@ bool Worker::AnotherAgentIsAtWork() const {
   return progress && progress->supervisor != supervisor_ && AgentAtWork(*progress);
 }
 
-Result<> Worker::StopAndInject() {
+// The program's threads may be where they cannot be stopped (a vfork, a slow disk), or none of them
+// may be fit to be borrowed just now; on a machine under load that can last.
+Result<> Worker::RepeatWhileBusy(const std::function<Result<>(Nanos stop_limit)>& action) const {
+  const Nanos began = MonotonicNow();
+  for (;;) {
+    const Nanos taken = MonotonicNow() - began;
+    auto done = action(taken < kLate ? kStopTogether : kStopTogetherLate);
+    if (done || done.error().errnum() != EAGAIN || taken > kBorrowPatience || program_ended()) {
+      return done;
+    }
+    SleepFor(kBorrowPause);
+  }
+}
+
+Result<> Worker::StopAndInject(Nanos stop_limit) {
   UNMOOR_TRY(WaitForEarlierHelpers());
   UNMOOR_TRY(KnowChildren());
-  Result<> injected = stop_.Stop(kStopTogether, [this] { return DrainOldEvents(); });
+  Result<> injected = stop_.Stop(stop_limit, [this] { return DrainOldEvents(); });
   if (injected) injected = InjectStopped();
   if (!injected) {
     // Their threads believe to have given these ranges back, and are about to run.
@@ -222,25 +232,24 @@ Result<> Worker::End() {
   staging_.Reset();
   link_.Close();
   UNMOOR_TRY(WaitForExit(link_.pidfd(), kStopLimit, -1));
-  for (int attempt = 0; !program_ended(); ++attempt) {
-    const auto removed = RemoveTraces();
-    if (removed) break;
-    if (removed.error().errnum() == ESRCH && program_ended()) return {};
-    if (removed.error().errnum() != EAGAIN || attempt == kBorrowAttempts) return removed;
-    SleepFor(Nanos(5'000'000));
+  if (!program_ended()) {
+    const auto removed =
+        RepeatWhileBusy([this](Nanos stop_limit) { return RemoveTraces(stop_limit); });
+    if (!removed && program_ended()) return {};
+    UNMOOR_TRY(removed);
   }
   uffd_.Reset();
   SaveProgress("");  // finished once the supervisor has let go of it too
   return {};
 }
 
-Result<> Worker::RemoveTraces() {
+Result<> Worker::RemoveTraces(Nanos stop_limit) {
   const auto let_go = [&]() -> Result<bool> {
     // Nothing is watched any more; nobody may wait.
     UNMOOR_ASSIGN(const auto event, ReadUffdEvent(uffd_.get()));
     return event.has_value();
   };
-  Result<> removed = stop_.Stop(kStopTogether, let_go);
+  Result<> removed = stop_.Stop(stop_limit, let_go);
   if (removed) {
     const auto leftovers = FindLeftovers(pid_);
     removed = leftovers ? RemoveHelperTraces(pid_, stop_.threads(), *leftovers)

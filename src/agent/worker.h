@@ -86,11 +86,13 @@ class Worker final : public Carrier {
   };
 
   [[nodiscard]] bool AnotherAgentIsAtWork() const;
-  [[nodiscard]] Result<> StopAndInject();
+  [[nodiscard]] Result<> RepeatWhileBusy(
+      const std::function<Result<>(Nanos stop_limit)>& action) const;
+  [[nodiscard]] Result<> StopAndInject(Nanos stop_limit);
   [[nodiscard]] Result<bool> DrainOldEvents();
   [[nodiscard]] Result<> OverwriteImage(VaddrRange range) const;
   [[nodiscard]] Result<> InjectStopped();
-  [[nodiscard]] Result<> RemoveTraces();
+  [[nodiscard]] Result<> RemoveTraces(Nanos stop_limit);
   [[nodiscard]] Result<PlannedArea> PlanArea(Area area);
   [[nodiscard]] Result<> KnowChildren();
   [[nodiscard]] Result<> StopAndRead(HeldEvents& events, bool& changed);

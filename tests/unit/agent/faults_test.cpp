@@ -67,10 +67,11 @@ class FaultsTest : public AgentTest {
 
   void ExpectCompletes(Pid pid) {
     EXPECT_EQ(AwaitEnd(StartRemap(pid, {})), 0) << remap_text();
+    Result<ProcessStatus> status = QueryStatus(pid);
     EXPECT_TRUE(WaitUntil([&] {
-      const auto status = QueryStatus(pid);
+      status = QueryStatus(pid);
       return status && status->status == Status::kReady;
-    }));
+    })) << (status ? status->reason : status.error().message());
     ExpectNoTraces(pid);
     const uint64_t laps = signals_->laps;
     EXPECT_TRUE(WaitUntil([&] { return signals_->laps > laps + 2 || signals_->errors > 0; }))
