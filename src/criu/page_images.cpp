@@ -4,6 +4,7 @@
 #include <fcntl.h>
 
 #include <algorithm>
+#include <charconv>
 
 #include "criu/image_codec.h"
 #include "os/file.h"
@@ -20,6 +21,18 @@ constexpr uint64_t kMaxAddress = uint64_t{1} << 57;
 std::string PagemapName(PageStreamId id) {
   return id.kind == StreamKind::kTask ? fmt::format("pagemap-{}.img", id.id)
                                       : fmt::format("pagemap-shmem-{}.img", id.id);
+}
+
+std::optional<PageStreamId> ParsePagemapName(std::string_view name) {
+  constexpr std::string_view kTask = "pagemap-", kSharedMemory = "pagemap-shmem-";
+  if (!name.starts_with(kTask)) return std::nullopt;
+  PageStreamId id;
+  if (name.starts_with(kSharedMemory)) id.kind = StreamKind::kSharedMemory;
+  name.remove_prefix(name.starts_with(kSharedMemory) ? kSharedMemory.size() : kTask.size());
+  const char* const end = name.data() + name.size();
+  const auto parsed = std::from_chars(name.data(), end, id.id);
+  if (parsed.ec != std::errc() || std::string_view(parsed.ptr, end) != ".img") return std::nullopt;
+  return id;
 }
 
 std::string PagesName(uint32_t pages_id) {

@@ -12,6 +12,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/result.h"
@@ -74,6 +75,8 @@ struct Pagemap {
 // "pagemap-123.img", "pagemap-shmem-45.img", "pages-1.img".
 [[nodiscard]] std::string PagemapName(PageStreamId id);
 [[nodiscard]] std::string PagesName(uint32_t pages_id);
+// The stream of a file named as PagemapName does.
+[[nodiscard]] std::optional<PageStreamId> ParsePagemapName(std::string_view name);
 
 // The bytes of a pagemap image. Adjacent entries with equal flags become one.
 [[nodiscard]] std::string EncodePagemap(uint32_t pages_id, std::span<const PagemapEntry> entries);

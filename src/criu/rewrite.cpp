@@ -12,6 +12,7 @@
 #include "criu/metadata.h"
 #include "criu/mm_image.h"
 #include "criu/page_images.h"
+#include "criu/page_runs.h"
 #include "os/file.h"
 #include "proto/image.pb.h"
 
@@ -125,44 +126,6 @@ Result<> MapTask(MmImage& mm, const TaskMapping& task, FileTable& files) {
   return {};
 }
 
-// Where a run of pages comes from; no file: the entry has no pages.
-struct PageRun {
-  PagemapEntry entry;
-  int fd = -1;
-  const std::string* path = nullptr;
-};
-
-// CRIU's entries and the loads in one ascending list; where both have a page the load wins.
-std::vector<PageRun> MergeRuns(const Pagemap& pagemap, const PageRun& criu_pages,
-                               std::span<const DirectMapping> loads,
-                               std::span<const LayerFile> layers) {
-  std::vector<PageRun> runs;
-  auto load = loads.begin();
-  const auto add_loads_below = [&](Vaddr end) {
-    for (; load != loads.end() && load->range.begin < end; ++load) {
-      const LayerFile& file = layers[load->layer];
-      runs.push_back({{load->range, kPagePresent, load->offset}, file.fd, &file.path});
-    }
-  };
-  for (const PagemapEntry& entry : pagemap.entries) {
-    Vaddr at = entry.range.begin;
-    while (at < entry.range.end) {
-      add_loads_below(at + Bytes(1));
-      if (!runs.empty()) at = std::max(at, runs.back().entry.range.end);
-      const Vaddr next =
-          load == loads.end() ? entry.range.end : std::min(load->range.begin, entry.range.end);
-      if (at >= next) continue;
-      PageRun run = criu_pages;
-      run.entry = {{at, next}, entry.flags, entry.pages + (at - entry.range.begin)};
-      if ((entry.flags & kPagePresent) == 0) run.fd = -1;
-      runs.push_back(run);
-      at = next;
-    }
-  }
-  add_loads_below(Vaddr(UINT64_MAX));
-  return runs;
-}
-
 Result<> CopyRun(const PageRun& run, int to, FileOffset at, const std::string& to_path,
                  std::vector<std::byte>& buffer) {
   FileOffset from = run.entry.pages;
@@ -187,8 +150,12 @@ Result<std::vector<std::string>> MergePages(const std::string& criu_directory,
   const std::string pages_name = PagesName(pagemap.pages_id);
   const std::string from_path = criu_directory + "/" + pages_name;
   UNMOOR_ASSIGN(const Fd from, OpenFile(from_path, O_RDONLY));
-  const PageRun criu_pages{{}, from.get(), &from_path};
-  const std::vector<PageRun> runs = MergeRuns(pagemap, criu_pages, task.loads, layers);
+  std::vector<PageRun> loads;
+  for (const DirectMapping& load : task.loads) {
+    const LayerFile& file = layers[load.layer];
+    loads.push_back({{load.range, kPagePresent, load.offset}, file.fd, &file.path});
+  }
+  const std::vector<PageRun> runs = MergeRuns(RunsOf(pagemap, from.get(), from_path), loads);
 
   const std::string to_path = view_directory + "/" + pages_name;
   UNMOOR_ASSIGN(const Fd to, OpenFile(to_path, O_WRONLY | O_CREAT | O_EXCL, 0600));

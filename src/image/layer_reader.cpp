@@ -7,6 +7,7 @@
 #include <array>
 #include <cerrno>
 
+#include "base/zero.h"
 #include "image/index_format.h"
 #include "image/layout.h"
 #include "os/file.h"
@@ -52,10 +53,6 @@ Result<> CheckPagesSize(const Fd& fd, const std::string& path, uint64_t expected
   if (size == expected) return {};
   return UserError("{} {}: it ends at offset {}, not at {} as its index says", path,
                    size < expected ? "is truncated" : "has bytes too many", size, expected);
-}
-
-bool AllZero(std::span<const std::byte> bytes) {
-  return std::ranges::all_of(bytes, [](std::byte b) { return b == std::byte{0}; });
 }
 
 }  // namespace
@@ -129,7 +126,7 @@ bool LayerReader::BlockMatches(FileOffset offset, std::span<const std::byte> blo
   UNMOOR_CHECK(hashes_loaded_ && offset.value % kBlockSize == 0 && block.size() == kBlockSize);
   const uint64_t number = offset.value / kBlockSize;
   const auto found = std::ranges::lower_bound(hashes_, number, {}, &BlockHash::block);
-  if (found == hashes_.end() || found->block != number) return AllZero(block);
+  if (found == hashes_.end() || found->block != number) return IsZero(block);
   return index_format::Checksum(block) == found->hash;
 }
 
@@ -163,7 +160,7 @@ Result<> LayerReader::VerifyHoles() const {
       if (hashed != hashes_.end() && hashed->block == block) continue;
       const FileOffset offset(block * kBlockSize);
       UNMOOR_TRY(ReadExactlyAt(pages_.get(), buffer, offset, pages_path_));
-      if (AllZero(buffer)) continue;
+      if (IsZero(buffer)) continue;
       return UserError("{} is damaged: the 64 KiB at offset {} hold data where there was none",
                        pages_path_, offset.value);
     }

@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "base/fault_point.h"
+#include "base/zero.h"
 #include "image/index_format.h"
 #include "image/layout.h"
 #include "os/fd.h"
@@ -38,11 +39,7 @@ constexpr uint64_t kWritebackStep = uint64_t{16} << 20;
 alignas(64) constexpr std::array<std::byte, kBlockSize> kZeros{};
 
 bool IsZeroPage(const std::byte* page) {
-  constexpr size_t kStep = 256;
-  for (size_t at = 0; at < kPageSize; at += kStep) {
-    if (std::memcmp(page + at, kZeros.data(), kStep) != 0) return false;
-  }
-  return true;
+  return IsZero({page, kPageSize});
 }
 
 struct BlockHash {

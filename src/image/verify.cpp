@@ -10,6 +10,7 @@
 #include <thread>
 #include <utility>
 
+#include "base/zero.h"
 #include "image/layout.h"
 #include "os/file.h"
 
@@ -19,10 +20,6 @@ namespace {
 constexpr unsigned kMaxThreads = 8;
 constexpr size_t kItemBlocks = 64;  // 4 MiB: what a thread takes at once
 constexpr size_t kReadBlocks = 4;   // 256 KiB: stays in the cache from read to hash
-
-bool AllZero(std::span<const std::byte> bytes) {
-  return std::ranges::all_of(bytes, [](std::byte b) { return b == std::byte{0}; });
-}
 
 // Neighbouring blocks to check: with hashes from `hash` on, or, without, to be zero.
 struct WorkItem {
@@ -83,7 +80,7 @@ void CheckBlocks(const LayerIndex& index, const WorkItem& item, size_t first,
     const auto block = bytes.subspan(i * kBlockSize, kBlockSize);
     const bool sound = item.hash ? index_format::Checksum(block) ==
                                        index.hashes[*item.hash + first + i]
-                                 : AllZero(block);
+                                 : IsZero(block);
     if (!sound) findings.push_back({item.block + first + i, item.hash.has_value(), {}});
   }
 }

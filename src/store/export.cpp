@@ -4,11 +4,11 @@
 #include <fcntl.h>
 
 #include <algorithm>
-#include <charconv>
 #include <optional>
 #include <vector>
 
 #include "criu/page_images.h"
+#include "criu/page_runs.h"
 #include "image/directory_lock.h"
 #include "image/layer_reader.h"
 #include "image/layout.h"
@@ -21,58 +21,9 @@ namespace unmoor {
 namespace {
 
 constexpr uint64_t kChunk = uint64_t{1} << 20;
-constexpr std::string_view kShmemPrefix = "pagemap-shmem-";
-constexpr std::string_view kTaskPrefix = "pagemap-";
-constexpr std::string_view kSuffix = ".img";
-
-// A run of pages and where they are: in an open file, or (no file) only noted.
-struct Piece {
-  VaddrRange range;
-  int fd = -1;
-  FileOffset offset;
-  uint32_t flags = criu::kPagePresent;
-  const std::string* path = nullptr;
-};
-
-// "pagemap-12.img" or "pagemap-shmem-34.img".
-std::optional<criu::PageStreamId> StreamOf(std::string_view name) {
-  if (!name.starts_with(kTaskPrefix) || !name.ends_with(kSuffix)) return std::nullopt;
-  criu::PageStreamId id;
-  if (name.starts_with(kShmemPrefix)) id.kind = criu::StreamKind::kSharedMemory;
-  name.remove_prefix(name.starts_with(kShmemPrefix) ? kShmemPrefix.size() : kTaskPrefix.size());
-  name.remove_suffix(kSuffix.size());
-  const auto parsed = std::from_chars(name.data(), name.data() + name.size(), id.id);
-  if (parsed.ec != std::errc() || parsed.ptr != name.data() + name.size()) return std::nullopt;
-  return id;
-}
 
 bool IsPages(std::string_view name) {
-  return name.starts_with("pages-") && name.ends_with(kSuffix);
-}
-
-// `below` where `above` has nothing; both ascending and apart. Ascending.
-std::vector<Piece> Merge(const std::vector<Piece>& below, const std::vector<Piece>& above) {
-  std::vector<Piece> result = above;
-  auto top = above.begin();
-  for (const Piece& piece : below) {
-    Vaddr at = piece.range.begin;
-    while (top != above.end() && top->range.end <= at) ++top;
-    for (auto cover = top; at < piece.range.end;) {
-      const Vaddr end = cover == above.end() ? piece.range.end
-                                             : std::min(piece.range.end, cover->range.begin);
-      if (at < end) {
-        Piece part = piece;
-        part.range = {at, end};
-        part.offset = piece.offset + (at - piece.range.begin);
-        result.push_back(part);
-      }
-      if (cover == above.end()) break;
-      at = std::max(at, cover->range.end);
-      ++cover;
-    }
-  }
-  std::ranges::sort(result, {}, [](const Piece& piece) { return piece.range.begin; });
-  return result;
+  return name.starts_with("pages-") && name.ends_with(".img");
 }
 
 class Exporter {
@@ -83,8 +34,8 @@ class Exporter {
  private:
   [[nodiscard]] Result<> Open();
   [[nodiscard]] Result<> ExportStream(criu::PageStreamId id, criu::PageImageWriter& writer);
-  [[nodiscard]] Result<std::vector<Piece>> LayerPieces(const ManifestTask& task) const;
-  [[nodiscard]] Result<> Write(criu::PageStreamId id, const Piece& piece,
+  [[nodiscard]] Result<std::vector<criu::PageRun>> LayerRuns(const ManifestTask& task) const;
+  [[nodiscard]] Result<> Write(criu::PageStreamId id, const criu::PageRun& run,
                                criu::PageImageWriter& writer);
   void Tell(Bytes more);
 
@@ -124,29 +75,31 @@ void Exporter::Tell(Bytes more) {
   if (options_.progress) options_.progress(report_.pages, std::max(total_, report_.pages));
 }
 
-Result<std::vector<Piece>> Exporter::LayerPieces(const ManifestTask& task) const {
-  std::vector<Piece> pieces;
+Result<std::vector<criu::PageRun>> Exporter::LayerRuns(const ManifestTask& task) const {
+  std::vector<criu::PageRun> runs;
   for (const ManifestVma& vma : task.vmas) {
     if (vma.kind != VmaKind::kMapped) continue;
     UNMOOR_ASSIGN(const VmaPages pages, overlay_->Resolve(task.vpid, vma));
     for (const OverlayRun& run : pages.all) {
       const LayerReader& layer = layers_[run.layer];
       UNMOOR_TRY(layer.VerifyBlocks({run.offset, run.offset + run.range.size()}));
-      pieces.push_back({run.range, layer.pages_fd().get(), run.offset, criu::kPagePresent,
-                        &layer.pages_path()});
+      runs.push_back({{run.range, criu::kPagePresent, run.offset},
+                      layer.pages_fd().get(),
+                      &layer.pages_path()});
     }
   }
-  return pieces;
+  return runs;
 }
 
-Result<> Exporter::Write(criu::PageStreamId id, const Piece& piece,
+Result<> Exporter::Write(criu::PageStreamId id, const criu::PageRun& run,
                          criu::PageImageWriter& writer) {
-  if (piece.fd < 0) return writer.Absent(id, piece.range, piece.flags);
-  std::vector<std::byte> buffer(std::min(kChunk, piece.range.size().value));
-  for (Bytes done; done < piece.range.size(); done += Bytes(buffer.size())) {
-    buffer.resize(std::min<uint64_t>(kChunk, (piece.range.size() - done).value));
-    UNMOOR_TRY(ReadExactlyAt(piece.fd, buffer, piece.offset + done, *piece.path));
-    UNMOOR_TRY(writer.Pages(id, piece.range.begin + done, piece.flags, buffer));
+  const auto& [range, flags, offset] = run.entry;
+  if (run.fd < 0) return writer.Absent(id, range, flags);
+  std::vector<std::byte> buffer(std::min(kChunk, range.size().value));
+  for (Bytes done; done < range.size(); done += Bytes(buffer.size())) {
+    buffer.resize(std::min<uint64_t>(kChunk, (range.size() - done).value));
+    UNMOOR_TRY(ReadExactlyAt(run.fd, buffer, offset + done, *run.path));
+    UNMOOR_TRY(writer.Pages(id, range.begin + done, flags, buffer));
     Tell(Bytes(buffer.size()));
   }
   return {};
@@ -160,22 +113,18 @@ Result<> Exporter::ExportStream(criu::PageStreamId id, criu::PageImageWriter& wr
   if (pagemap.PresentBytes().value > 0) {
     UNMOOR_ASSIGN(pages, OpenFile(pages_path, O_RDONLY));
   }
-  std::vector<Piece> pieces;
-  for (const criu::PagemapEntry& entry : pagemap.entries) {
-    const bool present = (entry.flags & criu::kPagePresent) != 0;
-    pieces.push_back({entry.range, present ? pages.get() : -1, entry.pages, entry.flags, &pages_path});
-  }
+  std::vector<criu::PageRun> runs = criu::RunsOf(pagemap, pages.get(), pages_path);
   if (id.kind == criu::StreamKind::kTask) {
     ++report_.tasks;
     for (const ManifestTask& task : manifest_.tasks) {
       if (task.vpid != id.id) continue;
-      UNMOOR_ASSIGN(const std::vector<Piece> layer, LayerPieces(task));
+      UNMOOR_ASSIGN(const std::vector<criu::PageRun> layer, LayerRuns(task));
       // CRIU's first: where all of a task's pages are in layers, one is in both.
-      pieces = Merge(layer, pieces);
+      runs = criu::MergeRuns(layer, runs);
     }
   }
   UNMOOR_TRY(writer.Open(id));
-  for (const Piece& piece : pieces) UNMOOR_TRY(Write(id, piece, writer));
+  for (const criu::PageRun& run : runs) UNMOOR_TRY(Write(id, run, writer));
   return {};
 }
 
@@ -189,7 +138,7 @@ Result<ExportReport> Exporter::Run() {
   UNMOOR_ASSIGN(const std::vector<std::string> names, ListDirectory(criu_directory));
   criu::PageImageWriter writer(publisher.path());
   for (const std::string& name : names) {
-    const auto stream = StreamOf(name);
+    const auto stream = criu::ParsePagemapName(name);
     if (stream) {
       UNMOOR_TRY(ExportStream(*stream, writer));
     } else if (!IsPages(name)) {

@@ -8,6 +8,7 @@
 
 #include "base/fault_point.h"
 #include "base/log.h"
+#include "base/zero.h"
 #include "image/layout.h"
 #include "os/file.h"
 
@@ -57,10 +58,6 @@ void RemoveLeftovers(const std::string& layers) {
     spdlog::info("removing {}/{}, left by a repair that did not finish", layers, name);
     (void)RemoveFile(layers + "/" + name);
   }
-}
-
-bool IsZero(std::span<const std::byte> bytes) {
-  return std::ranges::all_of(bytes, [](std::byte b) { return b == std::byte{0}; });
 }
 
 bool Matches(const Fd& fd, const std::string& path, FileOffset at, uint64_t hash,

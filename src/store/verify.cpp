@@ -2,7 +2,6 @@
 #include "store/verify.h"
 
 #include <algorithm>
-#include <charconv>
 #include <map>
 #include <memory>
 #include <set>
@@ -24,17 +23,6 @@ constexpr std::string_view kPagesSuffix = ".pages";
 
 Damage Whole(std::string file, const Error& error) {
   return {std::move(file), std::nullopt, error.message(), {}};
-}
-
-// The id in "pagemap-shmem-34.img".
-std::optional<uint64_t> SharedMemoryOf(std::string_view name) {
-  constexpr std::string_view kPrefix = "pagemap-shmem-";
-  if (!name.starts_with(kPrefix)) return std::nullopt;
-  uint64_t id = 0;
-  const char* const end = name.data() + name.size();
-  const auto parsed = std::from_chars(name.data() + kPrefix.size(), end, id);
-  if (parsed.ec != std::errc() || std::string_view(parsed.ptr, end) != ".img") return std::nullopt;
-  return id;
 }
 
 class Verifier {
@@ -212,9 +200,8 @@ void Verifier::CheckCriu() {
     CheckPagemap({criu::StreamKind::kTask, task.vpid});
   }
   for (const std::string& name : ListDirectory(directory).value_or(std::vector<std::string>{})) {
-    if (const auto id = SharedMemoryOf(name)) {
-      CheckPagemap({criu::StreamKind::kSharedMemory, *id});
-    }
+    const auto stream = criu::ParsePagemapName(name);
+    if (stream && stream->kind == criu::StreamKind::kSharedMemory) CheckPagemap(*stream);
   }
 }
 

@@ -1,7 +1,6 @@
 // `unmoor check`: what works on this machine, what its absence costs, what to do about it.
 //
 // The list is made from KernelFeatures and the criu found; it is one table, printed or as JSON.
-#include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
 
@@ -165,7 +164,7 @@ int RunCheck(const CheckArguments& arguments) {
     PrintJson({{"usable", usable}, {"kernel", kernel.release}, {"items", std::move(list)}});
   } else {
     text += usable ? "everything needed works\n" : "something needed is missing, see [!!] above\n";
-    std::fwrite(text.data(), 1, text.size(), stdout);
+    Print(text);
   }
   return usable ? kExitSuccess : kExitMachine;
 }

@@ -3,6 +3,7 @@
 
 #include <charconv>
 #include <cstdio>
+#include <ctime>
 #include <nlohmann/json.hpp>
 
 namespace unmoor::cli {
@@ -33,10 +34,14 @@ int Report(const Error& error, bool json) {
   return code;
 }
 
+void Print(std::string_view text) {
+  std::fwrite(text.data(), 1, text.size(), stdout);
+}
+
 void PrintJson(const nlohmann::json& object) {
   const std::string text =
       object.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
-  std::fwrite(text.data(), 1, text.size(), stdout);
+  Print(text);
 }
 
 Result<Nanos> ParseDuration(const std::string& text, int64_t unit) {
@@ -65,6 +70,14 @@ Result<Pid> ParsePid(const std::string& text) {
     return UserError("'{}' is not a process id", text);
   }
   return Pid{value};
+}
+
+std::string Date(Nanos since_1970) {
+  const std::time_t seconds = since_1970.value / 1'000'000'000;
+  std::tm parts{};
+  char text[32];
+  if (::gmtime_r(&seconds, &parts) == nullptr) return "?";
+  return {text, std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &parts)};
 }
 
 }  // namespace unmoor::cli

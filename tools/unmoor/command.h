@@ -13,6 +13,7 @@
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/result.h"
@@ -58,11 +59,15 @@ void SetUsage(CLI::App& app, const std::string& usage);
 
 // "unmoor: message" on stderr, or {"error": message} on stdout; the exit code for the error's kind.
 int Report(const Error& error, bool json);
+// On stdout, as it is.
+void Print(std::string_view text);
 // The one JSON object of a --json run.
 void PrintJson(const nlohmann::json& object);
 
 // "1ms", "500us", "2s", "1500000ns", or a plain number of `unit` nanoseconds.
 [[nodiscard]] Result<Nanos> ParseDuration(const std::string& text, int64_t unit);
+// "2026-11-21T18:00:00Z".
+[[nodiscard]] std::string Date(Nanos since_1970);
 // A positive process id.
 [[nodiscard]] Result<Pid> ParsePid(const std::string& text);
 

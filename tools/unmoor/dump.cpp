@@ -60,7 +60,7 @@ int PrintDryRun(const CheckpointOptions& options, bool json) {
             fmt::format("  {}  {:>10}  {}{}\n", item.vma.range, HumanBytes(item.vma.anonymous),
                         item.mapped ? "layer" : fmt::format("criu ({})", item.why),
                         item.vma.name.empty() ? "" : "  " + item.vma.name);
-        std::fwrite(line.data(), 1, line.size(), stdout);
+        Print(line);
       }
     }
     list.push_back({{"pid", task.pid.value}, {"name", task.name}, {"vmas", std::move(vmas)}});
@@ -97,7 +97,7 @@ void PrintReport(const CheckpointReport& report, bool json) {
       "dumped {} process{} to {}: {}, {} with criu, {} on disk, in {}{}\n", totals.tasks,
       totals.tasks == 1 ? "" : "es", report.directory, layers, HumanBytes(totals.criu_data),
       HumanBytes(report.allocated), HumanTime(report.elapsed), frozen);
-  std::fwrite(line.data(), 1, line.size(), stdout);
+  Print(line);
 }
 
 int RunDump(const DumpArguments& arguments, const Invocation& invocation) {

@@ -1,7 +1,6 @@
 // `unmoor export`.
 #include "store/export.h"
 
-#include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
 
@@ -34,7 +33,7 @@ int RunExport(const ExportArguments& arguments) {
       fmt::format("exported {} process{} to {}: {} of pages; criu restore -D {}\n", report->tasks,
                   report->tasks == 1 ? "" : "es", report->directory, HumanBytes(report->pages),
                   report->directory);
-  std::fwrite(text.data(), 1, text.size(), stdout);
+  Print(text);
   return kExitSuccess;
 }
 

@@ -1,6 +1,4 @@
 // `unmoor log`, `unmoor rm`, `unmoor gc`: many image directories.
-#include <cstdio>
-#include <ctime>
 #include <memory>
 #include <nlohmann/json.hpp>
 
@@ -17,18 +15,6 @@ struct StoreArguments {
   bool dry_run = false;
   bool json = false;
 };
-
-std::string Date(Nanos since_1970) {
-  const std::time_t seconds = since_1970.value / 1'000'000'000;
-  std::tm parts{};
-  char text[32];
-  if (::gmtime_r(&seconds, &parts) == nullptr) return "?";
-  return {text, std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &parts)};
-}
-
-void Print(const std::string& text) {
-  std::fwrite(text.data(), 1, text.size(), stdout);
-}
 
 double DirtyShare(const Generation& generation) {
   if (generation.pages.value == 0) return 0;

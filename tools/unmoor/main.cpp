@@ -80,7 +80,7 @@ int RunCommand(const CommandEntry& entry, int argc, char** argv) {
     app.parse(own - 1, argv + 1);
   } catch (const CLI::CallForHelp&) {
     const std::string help = app.help();
-    std::fwrite(help.data(), 1, help.size(), stdout);
+    Print(help);
     return kExitSuccess;
   } catch (const CLI::ParseError& error) {
     return Usage(error.what(), &entry, argc, argv);
@@ -105,7 +105,7 @@ int Main(int argc, char** argv) {
   }
   help += kFooter;
   if (word == "--help" || word == "-h" || word == "help") {
-    std::fwrite(help.data(), 1, help.size(), stdout);
+    Print(help);
     return kExitSuccess;
   }
   if (word.empty()) {

@@ -65,7 +65,7 @@ int RunRemap(const RemapArguments& arguments) {
         fmt::format("remapped {} of {} in {}, {} windows, longest pause {}\n",
                     HumanBytes(report->done), HumanBytes(report->total), HumanTime(report->elapsed),
                     report->windows, HumanTime(report->longest_pause));
-    std::fwrite(text.data(), 1, text.size(), stdout);
+    Print(text);
   }
   if (status && status->status != Status::kReady) {
     if (!arguments.json) std::fprintf(stderr, "unmoor: %s\n", status->reason.c_str());

@@ -1,6 +1,4 @@
 // `unmoor show`: what an image directory holds, from its manifest and the layers' indexes.
-#include <cstdio>
-#include <ctime>
 #include <memory>
 #include <nlohmann/json.hpp>
 
@@ -45,14 +43,6 @@ const char* Word(VmaKind kind) {
 std::string Protection(int prot) {
   // PROT_READ, PROT_WRITE, PROT_EXEC are 1, 2, 4.
   return {(prot & 1) != 0 ? 'r' : '-', (prot & 2) != 0 ? 'w' : '-', (prot & 4) != 0 ? 'x' : '-'};
-}
-
-std::string Date(Nanos since_1970) {
-  const std::time_t seconds = since_1970.value / 1'000'000'000;
-  std::tm parts{};
-  char text[32];
-  if (::gmtime_r(&seconds, &parts) == nullptr) return "?";
-  return {text, std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &parts)};
 }
 
 // Blocks on disk now; the manifest's figure may be older than write-back.
@@ -211,7 +201,7 @@ void ShowText(const std::string& directory, const Manifest& manifest,
                         HumanBytes(layer.allocated), layer.extents, layer.segments);
   }
   if (layers.empty()) text += "  none: no VMA was worth mapping\n";
-  std::fwrite(text.data(), 1, text.size(), stdout);
+  Print(text);
 }
 
 Result<std::vector<ShownLayer>> OpenLayers(const std::string& directory, const Manifest& manifest) {

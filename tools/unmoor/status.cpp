@@ -46,7 +46,7 @@ const char* Word(Status status) {
   return "NEVER";
 }
 
-int Print(Pid pid, const ProcessStatus& status, bool json) {
+int PrintStatus(Pid pid, const ProcessStatus& status, bool json) {
   if (json) {
     nlohmann::json object = {{"pid", pid.value},
                              {"status", Word(status.status)},
@@ -92,7 +92,7 @@ int RunStatus(const StatusArguments& arguments) {
   if (!pid) return Fail(pid.error(), arguments.json);
   const auto status = QueryStatus(*pid);
   if (!status) return Fail(status.error(), arguments.json);
-  return Print(*pid, *status, arguments.json);
+  return PrintStatus(*pid, *status, arguments.json);
 }
 
 int RunWait(const StatusArguments& arguments) {
@@ -112,7 +112,7 @@ int RunWait(const StatusArguments& arguments) {
   });
   bar.Clear();
   if (!status) return Fail(status.error(), arguments.json);
-  return Print(*pid, *status, arguments.json);
+  return PrintStatus(*pid, *status, arguments.json);
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // `unmoor verify`.
 #include "store/verify.h"
 
-#include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
 
@@ -77,7 +76,7 @@ std::string Text(const std::vector<Damage>& damages, const char* label) {
   return text;
 }
 
-void Print(const VerifyDirectoryReport& report, const VerifyArguments& arguments, int code) {
+void PrintReport(const VerifyDirectoryReport& report, const VerifyArguments& arguments, int code) {
   if (arguments.json) {
     PrintJson({{"directory", report.directory},
                {"sound", report.sound()},
@@ -99,7 +98,7 @@ void Print(const VerifyDirectoryReport& report, const VerifyArguments& arguments
                       report.layers == 1 ? "" : "s", HumanBytes(report.checked),
                       HumanTime(report.elapsed),
                       report.checked.value > 0 ? ", " + HumanBytes(Bytes(rate)) + "/s" : "");
-  std::fwrite(text.data(), 1, text.size(), stdout);
+  Print(text);
 }
 
 int RunVerify(const VerifyArguments& arguments) {
@@ -113,7 +112,7 @@ int RunVerify(const VerifyArguments& arguments) {
   bar.Clear();
   if (!report) return Report(report.error(), arguments.json);
   const int code = report->sound() ? kExitSuccess : kExitDamaged;
-  Print(*report, arguments, code);
+  PrintReport(*report, arguments, code);
   return code;
 }
 
