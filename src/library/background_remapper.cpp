@@ -157,6 +157,7 @@ class BackgroundRemapper::Impl {
     RemapCounts earlier;  // of those before
     Nanos longest_guard;
     bool standing = false;
+    bool last_look = false;  // has done its own part
     bool ended = false;
     Nanos paced_until;  // of the bytes copied so far
     Nanos cpu_mark;     // thread time when last slept for the share
@@ -164,7 +165,10 @@ class BackgroundRemapper::Impl {
   };
 
   void RunWorker(Worker& worker, const std::vector<local::ScopeRange>& scope);
+  [[nodiscard]] Result<> RunScope(Worker& worker, const std::vector<local::ScopeRange>& scope);
   [[nodiscard]] Result<> RunOnce(Worker& worker, local::LocalCarrier& carrier);
+  [[nodiscard]] Result<> RunLeftBehind(Worker& worker);
+  [[nodiscard]] bool IsLast(Worker& worker);
   [[nodiscard]] bool StandUntilResumed(Worker& worker, const Error& error);
   [[nodiscard]] Result<> Gate(Worker& worker, Bytes copied);
   [[nodiscard]] Nanos TimeToSleep(Worker& worker, Bytes copied);
@@ -223,20 +227,50 @@ BackgroundRemapper::Impl::~Impl() {
 
 void BackgroundRemapper::Impl::RunWorker(Worker& worker,
                                          const std::vector<local::ScopeRange>& scope) {
-  {
-    local::LocalOptions options;
-    options.max_pause = Nanos(options_.max_pause.count());
-    options.order = OrderOf(options_.order);
-    options.verify = options_.verify;
-    options.gate = [this, &worker](Bytes copied) { return Gate(worker, copied); };
-    local::LocalCarrier carrier(share_, scope, std::move(options));
-    for (;;) {
-      const auto result = RunOnce(worker, carrier);
-      if (result || result.error().errnum() == ECANCELED) break;
-      if (!StandUntilResumed(worker, result.error())) break;
-    }
+  Result<> result = RunScope(worker, scope);
+  while (result && IsLast(worker)) {
+    result = RunLeftBehind(worker);
+    if (result || result.error().errnum() == ECANCELED) break;
+    if (StandUntilResumed(worker, result.error())) result = {};
   }
   EndWorker(worker);
+}
+
+// Until done; fails only with ECANCELED.
+Result<> BackgroundRemapper::Impl::RunScope(Worker& worker,
+                                            const std::vector<local::ScopeRange>& scope) {
+  local::LocalOptions options;
+  options.max_pause = Nanos(options_.max_pause.count());
+  options.order = OrderOf(options_.order);
+  options.verify = options_.verify;
+  options.gate = [this, &worker](Bytes copied) { return Gate(worker, copied); };
+  local::LocalCarrier carrier(share_, scope, std::move(options));
+  for (;;) {
+    auto result = RunOnce(worker, carrier);
+    if (result || result.error().errnum() == ECANCELED) return result;
+    if (!StandUntilResumed(worker, result.error())) {
+      return Failure(Error(ErrorKind::kMachine, ECANCELED, "cancelled"));
+    }
+  }
+}
+
+// What the program moved while the plans were read, perhaps out of one worker's part and back once
+// that had ended.
+Result<> BackgroundRemapper::Impl::RunLeftBehind(Worker& worker) {
+  for (;;) {
+    UNMOOR_ASSIGN(const std::vector<VaddrRange> left, share_->FindMapped());
+    if (left.empty()) return {};
+    std::vector<local::ScopeRange> scope;
+    for (const VaddrRange range : left) scope.push_back({range, false});
+    UNMOOR_TRY(RunScope(worker, scope));
+  }
+}
+
+// Whether every other worker has done its part.
+bool BackgroundRemapper::Impl::IsLast(Worker& worker) {
+  const std::lock_guard lock(mutex_);
+  worker.last_look = true;
+  return std::ranges::all_of(workers_, [](const auto& w) { return w->last_look || w->ended; });
 }
 
 Result<> BackgroundRemapper::Impl::RunOnce(Worker& worker, local::LocalCarrier& carrier) {

@@ -36,6 +36,7 @@ static_assert(sizeof(ProcmapQuery) == 104);
 inline constexpr unsigned long kProcmapQuery = _IOWR('f', 17, ProcmapQuery);
 
 inline constexpr uint64_t kProcmapQueryCoveringOrNext = 0x10;
+inline constexpr uint64_t kProcmapQueryFileBacked = 0x20;
 inline constexpr uint64_t kUffdFeatureWpAsync = 1 << 15;
 inline constexpr uint64_t kUffdFeatureMove = 1 << 16;
 

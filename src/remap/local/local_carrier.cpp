@@ -147,6 +147,44 @@ bool RemapShare::AdoptMoved(const Area& area) {
   return true;
 }
 
+Result<std::vector<VaddrRange>> RemapShare::FindMapped() {
+  MappedParts found;
+  constexpr int64_t kFirstStop = 1'000'000;
+  int64_t limit = kFirstStop;
+  for (const Nanos began = MonotonicNow(); !found.complete;) {
+    if (MonotonicNow() - began > kPatience) {
+      return Errno(EBUSY, "the threads do not come to rest for a last look");
+    }
+    found = FindMappedFrozen(watcher_->fds(), limit);
+    if (!found.complete) SleepFor(Nanos(kRestAfterVain * limit));
+    limit = std::min(2 * limit, kLongestStop);
+  }
+  std::vector<VaddrRange> ours;
+  const RangeSet refused = this->refused();
+  for (uint32_t i = 0; i < found.count; ++i) {
+    const MappedPart& part = found.parts[i];
+    Area area;
+    area.range = {Vaddr(part.begin), Vaddr(part.end)};
+    area.dev_major = static_cast<uint32_t>(part.device >> 32);
+    area.dev_minor = static_cast<uint32_t>(part.device);
+    area.inode = part.inode;
+    area.offset = part.offset;
+    VaddrRange known;
+    {
+      const std::lock_guard lock(mutex_);
+      for (const ScopeRange& scope : scope_) {
+        if (known.empty()) known = scope.memory.Intersect(area.range);
+      }
+      for (const VaddrRange adopted : adopted_) {
+        if (known.empty()) known = adopted.Intersect(area.range);
+      }
+    }
+    if (known.empty() && AdoptMoved(area)) known = area.range;
+    for (const VaddrRange left : refused.Outside(known)) ours.push_back(left);
+  }
+  return ours;
+}
+
 // One mirror for each area, kept as long as the remapper: pages moved from one mirror to one area
 // are one VMA afterwards.
 Result<MirrorPlace> RemapShare::MirrorFor(const Area& area) {

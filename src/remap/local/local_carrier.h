@@ -63,6 +63,9 @@ class RemapShare {
   // Whether `area`, outside of every remapper's scope, was in ours before the program moved it. The
   // first who asks has it.
   [[nodiscard]] bool AdoptMoved(const Area& area);
+  // What of ours is direct-mapped still, wherever the program has moved it, and not refused. Stops
+  // all threads for a moment; fails with EBUSY when they do not come to rest.
+  [[nodiscard]] Result<std::vector<VaddrRange>> FindMapped();
   // The place where `area` (or an area it was cut from) is staged.
   [[nodiscard]] Result<MirrorPlace> MirrorFor(const Area& area);
 

@@ -61,11 +61,11 @@ uint64_t DeviceOf(const kernel::ProcmapQuery& vma) {
   return uint64_t{vma.dev_major} << 32 | vma.dev_minor;
 }
 
-// The VMA that holds `at`, or the next one.
-bool QueryVma(const Descriptors& fds, uint64_t at, kernel::ProcmapQuery& vma) {
+// The VMA that holds `at`, or the next one; of those that `which` (a query flag) allows.
+bool QueryVma(const Descriptors& fds, uint64_t at, kernel::ProcmapQuery& vma, uint64_t which = 0) {
   vma = {};
   vma.size = sizeof(vma);
-  vma.query_flags = kernel::kProcmapQueryCoveringOrNext;
+  vma.query_flags = kernel::kProcmapQueryCoveringOrNext | which;
   vma.query_addr = at;
   return Call(__NR_ioctl, fds.maps, Word(kernel::kProcmapQuery), Address(&vma)) == 0;
 }
@@ -725,6 +725,28 @@ WindowResult SwapGuarded(const Descriptors& fds, const WindowPiece& piece, uint6
   locks.address_space.Release();
   locks.window.Release();
   return result;
+}
+
+MappedParts FindMappedFrozen(const Descriptors& fds, int64_t stop_limit_ns) {
+  MappedParts found;
+  locks.window.Acquire();
+  locks.address_space.Acquire();
+  Hurry(true);
+  found.complete = OpenServing(fds, stop_limit_ns).open;
+  kernel::ProcmapQuery vma;
+  constexpr uint32_t kMost = sizeof(found.parts) / sizeof(found.parts[0]);
+  for (uint64_t at = 0; found.complete && found.count < kMost &&
+                        QueryVma(fds, at, vma, kernel::kProcmapQueryFileBacked);
+       at = vma.vma_end) {
+    if (!IsImage(vma) || !IsWatched(fds, vma.vma_start)) continue;
+    found.parts[found.count++] = {vma.vma_start, vma.vma_end, DeviceOf(vma), vma.inode,
+                                  vma.vma_offset};
+  }
+  if (found.complete) CloseWindow();
+  Hurry(false);
+  locks.address_space.Release();
+  locks.window.Release();
+  return found;
 }
 
 void ServeEvents(const Descriptors& fds) {

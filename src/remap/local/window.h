@@ -109,6 +109,22 @@ WindowResult SwapFrozen(const Descriptors& fds, const WindowPiece* pieces, uint3
 WindowResult SwapGuarded(const Descriptors& fds, const WindowPiece& piece, uint64_t dirty_limit,
                          WindowRoom& room);
 
+// Watched memory that maps a known image.
+struct MappedPart {
+  uint64_t begin, end;
+  uint64_t device, inode;
+  uint64_t offset;  // of begin
+};
+struct MappedParts {
+  bool complete = false;  // false: the threads did not come to rest in time
+  uint32_t count = 0;     // of a process with more, the first
+  MappedPart parts[64];
+};
+
+// What is direct-mapped, seen with all threads at rest: a list read while the program moves memory
+// about may miss what moves.
+MappedParts FindMappedFrozen(const Descriptors& fds, int64_t stop_limit_ns);
+
 // --- events -------------------------------------------------------------------------------------
 
 // Answers the events that wait: before any of their threads runs on in the program, what it gave
