@@ -245,18 +245,28 @@ Result<> Worker::End() {
 
 Result<> Worker::RemoveTraces(Nanos stop_limit) {
   const auto let_go = [&]() -> Result<bool> {
-    // Nothing is watched any more; nobody may wait.
+    // Nothing is to be watched any more; nobody may wait.
     UNMOOR_ASSIGN(const auto event, ReadUffdEvent(uffd_.get()));
+    if (event && event->kind == UffdEvent::Kind::kRemove) given_back_.push_back(event->range);
     return event.has_value();
   };
   Result<> removed = stop_.Stop(stop_limit, let_go);
-  if (removed) {
-    const auto leftovers = FindLeftovers(pid_);
-    removed = leftovers ? RemoveHelperTraces(pid_, stop_.threads(), *leftovers)
-                        : Result<>(Failure(leftovers.error()));
-  }
+  if (removed) removed = RemoveTracesStopped();
+  given_back_.clear();
   stop_.Release();
   return removed;
+}
+
+// A list of mappings read while the program moves them about may miss what moves: the last look is
+// with every thread stopped. EPIPE, as when a helper died, calls for another worker.
+Result<> Worker::RemoveTracesStopped() {
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid_));
+  if (std::ranges::any_of(vmas, MapsPageImage)) {
+    for (const VaddrRange range : given_back_) UNMOOR_TRY(OverwriteImage(range));
+    return SystemError(EPIPE, "the program moved memory as the remap ended");
+  }
+  UNMOOR_ASSIGN(const std::vector<Leftover> leftovers, FindLeftovers(pid_));
+  return RemoveHelperTraces(pid_, stop_.threads(), leftovers);
 }
 
 bool Worker::program_ended() const {

@@ -93,6 +93,7 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<> OverwriteImage(VaddrRange range) const;
   [[nodiscard]] Result<> InjectStopped();
   [[nodiscard]] Result<> RemoveTraces(Nanos stop_limit);
+  [[nodiscard]] Result<> RemoveTracesStopped();
   [[nodiscard]] Result<PlannedArea> PlanArea(Area area);
   [[nodiscard]] Result<> KnowChildren();
   [[nodiscard]] Result<> StopAndRead(HeldEvents& events, bool& changed);

@@ -79,20 +79,7 @@ void ParseSmapsField(std::string_view line, VmaInfo& vma) {
 Result<std::vector<VmaInfo>> ReadVmas(Pid pid, const char* file) {
   const std::string path = fmt::format("/proc/{}/{}", pid.value, file);
   UNMOOR_ASSIGN(const std::string text, ReadFile(path, kMapsLimit));
-  std::vector<VmaInfo> vmas;
-  for (size_t at = 0; at < text.size();) {
-    const size_t end = std::min(text.find('\n', at), text.size());
-    const std::string_view line(text.data() + at, end - at);
-    at = end + 1;
-    if (VmaInfo vma; ParseMapsLine(line, vma)) {
-      vmas.push_back(std::move(vma));
-    } else if (!vmas.empty() && line.find(':') != std::string_view::npos) {
-      ParseSmapsField(line, vmas.back());
-    } else {
-      return MachineError("cannot understand {}: \"{}\"", path, line);
-    }
-  }
-  return vmas;
+  return ParseVmas(text, path);
 }
 
 Result<std::vector<Pid>> ReadNumericNames(const std::string& path) {
@@ -105,6 +92,34 @@ Result<std::vector<Pid>> ReadNumericNames(const std::string& path) {
 }
 
 }  // namespace
+
+Result<std::vector<VmaInfo>> ParseVmas(std::string_view text, const std::string& path) {
+  std::vector<VmaInfo> vmas;
+  VmaInfo twice;
+  VmaInfo* of_fields = nullptr;
+  for (size_t at = 0; at < text.size();) {
+    const size_t line_end = std::min(text.find('\n', at), text.size());
+    const std::string_view line = text.substr(at, line_end - at);
+    at = line_end + 1;
+    if (VmaInfo vma; ParseMapsLine(line, vma)) {
+      const Vaddr known = vmas.empty() ? Vaddr() : vmas.back().range.end;
+      if (vma.range.end <= known) {
+        of_fields = &twice;
+        continue;
+      }
+      if (vma.range.begin < known) {
+        vma.offset = vma.offset + (known - vma.range.begin);
+        vma.range.begin = known;
+      }
+      of_fields = &vmas.emplace_back(std::move(vma));
+    } else if (of_fields != nullptr && line.find(':') != std::string_view::npos) {
+      ParseSmapsField(line, *of_fields);
+    } else {
+      return MachineError("cannot understand {}: \"{}\"", path, line);
+    }
+  }
+  return vmas;
+}
 
 bool VmaInfo::HasFlag(std::string_view flag) const {
   return std::ranges::find(vm_flags, flag) != vm_flags.end();

@@ -36,8 +36,14 @@ struct VmaInfo {
   [[nodiscard]] bool IsPrivateAnonymous() const;
 };
 
+// Ascending and disjoint. The kernel hands the list out in parts: of a process that runs it is no
+// picture of one moment. What moves or is mapped anew meanwhile may be missing; what shows twice is
+// here once.
 [[nodiscard]] Result<std::vector<VmaInfo>> ReadMaps(Pid pid);
 [[nodiscard]] Result<std::vector<VmaInfo>> ReadSmaps(Pid pid);
+// The same of such a text; `path` is for the error.
+[[nodiscard]] Result<std::vector<VmaInfo>> ParseVmas(std::string_view text,
+                                                     const std::string& path);
 
 struct ProcessInfo {
   Pid pid;

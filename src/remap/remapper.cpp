@@ -18,6 +18,17 @@ constexpr size_t kPiecesPerBatch = 16;
 constexpr int kRefreshRounds = 4;
 constexpr int kFruitlessPlans = 300;  // with the pauses between them, some ten seconds
 
+// A list of mappings read while the program changes them may name memory twice; swapped twice, it
+// would be empty.
+bool AnyOverlap(std::span<const Carrier::PlannedArea> areas) {
+  std::vector<VaddrRange> ranges;
+  for (const Carrier::PlannedArea& planned : areas) ranges.push_back(planned.area.range);
+  std::ranges::sort(ranges, {}, &VaddrRange::begin);
+  return std::ranges::adjacent_find(ranges, [](VaddrRange a, VaddrRange b) {
+           return a.Overlaps(b);
+         }) != ranges.end();
+}
+
 }  // namespace
 
 Remapper::Remapper(Carrier& carrier, Nanos max_pause, bool huge_pages)
@@ -41,6 +52,7 @@ Result<bool> Remapper::RunPlan(const std::function<void(const RemapCounts&)>& pr
   UNMOOR_TRY(carrier_.HandleEvents());
   UNMOOR_ASSIGN(areas_, carrier_.Plan());
   if (areas_.empty()) return true;
+  if (AnyOverlap(areas_)) return false;
   todo_.clear();
   Bytes left;
   for (size_t i = areas_.size(); i-- > 0;) {

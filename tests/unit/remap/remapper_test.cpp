@@ -257,6 +257,13 @@ TEST(RemapperRandom, TheHistoriesDoSomething) {
   EXPECT_GT(actions, 20U * 8);
 }
 
+TEST(RemapperPlans, WhatAPlanNamesTwiceIsSwappedOnce) {
+  Program program({0, 0, 7000});
+  program.MapImage({kLow, kHigh + 1}, 1);
+  const auto twice = [](SimulatedCarrier& carrier) { carrier.plans_with_areas_twice = 2; };
+  EXPECT_EQ(RunRemap(program, {}, [] {}, twice), "");
+}
+
 // --- the model finds what it should
 // ---------------------------------------------------------------
 

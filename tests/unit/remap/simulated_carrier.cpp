@@ -36,6 +36,10 @@ Result<std::vector<Carrier::PlannedArea>> SimulatedCarrier::Plan() {
     }
     areas_.push_back(std::move(planned));
   }
+  if (plans_with_areas_twice > 0 && !areas_.empty()) {
+    --plans_with_areas_twice;
+    areas_.push_back(areas_.front());
+  }
   stale_ = false;
   return areas_;
 }

@@ -28,6 +28,7 @@ class SimulatedCarrier final : public Carrier {
   // When set and true, a thread does not stop in time, or too much was written.
   std::function<bool()> refuses_to_stop;
   std::function<bool()> too_dirty;
+  int plans_with_areas_twice = 0;  // as of a list of mappings torn between two reads
 
   Result<std::vector<PlannedArea>> Plan() override;
   Result<bool> HandleEvents() override;
