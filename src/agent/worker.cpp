@@ -251,6 +251,8 @@ Result<> Worker::RemoveTraces(Nanos stop_limit) {
     return event.has_value();
   };
   Result<> removed = stop_.Stop(stop_limit, let_go);
+  // Their threads are stopped, whoever else is not. Does nothing where no image is mapped.
+  for (const VaddrRange range : given_back_) (void)OverwriteImage(range);
   if (removed) removed = RemoveTracesStopped();
   given_back_.clear();
   stop_.Release();
@@ -262,7 +264,6 @@ Result<> Worker::RemoveTraces(Nanos stop_limit) {
 Result<> Worker::RemoveTracesStopped() {
   UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid_));
   if (std::ranges::any_of(vmas, MapsPageImage)) {
-    for (const VaddrRange range : given_back_) UNMOOR_TRY(OverwriteImage(range));
     return SystemError(EPIPE, "the program moved memory as the remap ended");
   }
   UNMOOR_ASSIGN(const std::vector<Leftover> leftovers, FindLeftovers(pid_));
