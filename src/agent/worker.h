@@ -123,6 +123,7 @@ class Worker final : public Carrier {
   [[nodiscard]] bool AddGuards(OpList& ops, std::span<const Piece> pieces);
 
   [[nodiscard]] Result<> HandleEventsStopped(bool& changed);
+  [[nodiscard]] Result<> Settle();
   // Whether the program has run for long enough since it was held.
   [[nodiscard]] bool MayHold() const;
   [[nodiscard]] Result<> HoldProgram(bool& changed);
@@ -187,6 +188,7 @@ class Worker final : public Carrier {
   Nanos next_hold_;
   Nanos longest_hold_;
   bool held_in_vain_ = false;
+  bool unsettled_ = false;  // an event was read whose thread may still have to empty its pages
   bool swap_next_ = false;  // the next hold is for a swap
   RemapCounts counts_;
   Nanos last_saved_;

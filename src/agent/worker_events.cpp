@@ -42,6 +42,8 @@ constexpr Bytes kConvertWhole(uint64_t{64} << 20);
 constexpr int kPlansBeforeLargeAreas = 50;
 constexpr int kEventsAtOnce = 16;
 constexpr int kBlindLooks = 20;
+constexpr Nanos kSettleLimit(10'000'000'000);
+constexpr Nanos kSettlePause(1'000'000);
 
 // Its thread waits for the event to be read: one that still waits for the address space's lock
 // would go by the range while it is not registered, and find the image.
@@ -90,28 +92,46 @@ Result<bool> Worker::HandleEvents() {
     // can be made true first: killing us at any point leaves either the old state and the thread
     // waiting, or the new state.
     bool again = false;
+    bool copied_again = false;
     for (const BlockedCall& call : calls.blocked) {
       if (!GivesMemoryBack(call)) continue;
       const uint64_t length = AlignUp(call.args[1], kPageSize);
       const VaddrRange range{Vaddr(call.args[0]), Vaddr(call.args[0] + length)};
-      again = again || MayCopyGivenBack(range);
+      again = again || dropped_.SizeWithin(range).value != 0;
+      copied_again = copied_again || MayCopyGivenBack(range);
       UNMOOR_TRY(Drop(range));
     }
     // With more than one thread, the event may be one's whose call we have not seen yet.
-    const bool known = calls.threads == 1 && calls.blocked.size() == 1 && !again &&
+    const bool known = calls.threads == 1 && calls.blocked.size() == 1 && !copied_again &&
                        (GivesMemoryBack(calls.blocked.front()) || Forks(calls.blocked.front()));
     if (!known) {
       const auto handled = HandleEventsStopped(changed);
-      // A thread in a long vfork or disk transfer: the events wait, the other threads go on.
-      if (!handled && handled.error().errnum() == EAGAIN) return changed;
+      // A thread in a long vfork or disk transfer: the events wait, the other threads go on. What
+      // was copied of memory whose event was read on the way is copied anew.
+      if (!handled && handled.error().errnum() == EAGAIN) return changed || unsettled_;
       UNMOOR_TRY(handled);
       continue;
     }
     UNMOOR_TRY(KnowChildren());
     UNMOOR_ASSIGN(auto event, ReadUffdEvent(uffd_.get()));
+    unsettled_ = unsettled_ || again;
     if (event) NoteEvent(*event, calls, changed);
   }
   return changed;
+}
+
+// Until a thread that gives back what it had given back before has run on, its pages are still
+// there. Before anything of them can be copied it is past that: stopped, it is out of its call.
+Result<> Worker::Settle() {
+  const Nanos began = MonotonicNow();
+  while (unsettled_ && !program_ended()) {
+    bool changed = false;
+    const auto held = HandleEventsStopped(changed);
+    const bool late = !held && held.error().errnum() == EAGAIN;
+    if (!late || MonotonicNow() - began > kSettleLimit) UNMOOR_TRY(held);
+    if (late) SleepFor(kSettlePause);
+  }
+  return {};
 }
 
 bool Worker::MayHold() const {
@@ -142,6 +162,8 @@ Result<> Worker::HoldProgram(bool& changed) {
     cuts_.erase(cuts_.begin());
     UNMOOR_TRY(ConvertShortened(end));
   }
+  // A thread that has not stopped may have its pages still to empty.
+  unsettled_ = !stopped && (unsettled_ || !events.given_back.empty());
   // Follows the machine: where it is busy, threads need their time to stop.
   held_in_vain_ = !stopped;
   hold_limit_ = stopped ? std::max(Nanos(hold_limit_.value * 3 / 4), kFirstHold)

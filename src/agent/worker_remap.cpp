@@ -70,6 +70,7 @@ Result<std::vector<Carrier::PlannedArea>> Worker::Plan() {
   stop_.Release();
   swap_next_ = false;
   UNMOOR_TRY(CheckNoPinnedMemory());
+  UNMOOR_TRY(Settle());
   if (++plans_in_a_row_ > kPlansBeforeHold) UNMOOR_TRY(ConvertHot());
   for (int attempt = 0;; ++attempt) {
     auto planned = PlanOnce();
@@ -79,6 +80,7 @@ Result<std::vector<Carrier::PlannedArea>> Worker::Plan() {
     const bool changed_meanwhile = errnum == EINVAL || errnum == ENOENT;
     if (!changed_meanwhile || attempt == kPlanAttempts || program_ended()) return planned;
     UNMOOR_TRY(HandleEvents());
+    UNMOOR_TRY(Settle());
   }
 }
 
@@ -471,7 +473,7 @@ Result<SwapOutcome> Worker::Swap(std::span<const Piece> pieces, PageCount dirty_
   const auto held = HoldProgram(changed);
   if (!held && held.error().errnum() != EAGAIN) {
     outcome = Failure(held.error());
-  } else if (changed) {
+  } else if (changed || unsettled_) {
     outcome->result = SwapResult::kStale;
   } else if (held) {
     outcome = SwapInWindow(pieces, dirty_limit);

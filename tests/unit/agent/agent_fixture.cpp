@@ -110,6 +110,16 @@ void AgentTest::WatchStopped(Pid pid, AgentOptions options) {
   ASSERT_TRUE(agent) << agent.error().message();
 }
 
+void AgentTest::LoadMachine(int processes) {
+  for (int i = 0; i < processes; ++i) {
+    const pid_t pid = ::fork();
+    ASSERT_GE(pid, 0);
+    if (pid != 0) continue;
+    for (volatile uint64_t turns = 0;; turns = turns + 1) {
+    }
+  }
+}
+
 std::vector<Pid> AgentTest::FindProcesses(const std::string& name) {
   std::vector<Pid> found;
   const auto tree = ReadTree(OwnPid());

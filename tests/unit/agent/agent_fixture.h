@@ -41,6 +41,8 @@ class AgentTest : public testing::Test {
   // Starts the agent for a subject that has stopped itself, without remapping.
   void WatchStopped(Pid pid, AgentOptions options);
 
+  // Busy children that keep other threads waiting for a core, until the test is over.
+  void LoadMachine(int processes);
   // Living processes of ours with that comm.
   std::vector<Pid> FindProcesses(const std::string& name);
   [[nodiscard]] bool MapsImages(Pid pid);

@@ -208,27 +208,33 @@ TEST_F(EventsTest, ManyThreadsGivingMemoryBackReadZeros) {
 }
 
 // One thread that writes a page and gives it back again and again: no old content may return.
+// On a busy machine too, where a thread empties its pages long after its event was read.
 TEST_F(EventsTest, GivingBackTheSamePagesAgainAndAgainReadsZeros) {
   const PageImage image = MakePageImage(directory_, 4096);
-  const Pid pid = StartSubject([&] {
-    Memory memory(image, *signals_);
-    ::raise(SIGSTOP);
-    while (signals_->go == 0) {
-      for (uint64_t page = 3; page < memory.pages(); page += 64) {
-        memory.Write(page);
-        memory.GiveBack(page, 1, MADV_DONTNEED);
-        memory.Check(page, "given back");
+  constexpr int kRounds = 6;
+  for (int round = 0; round < kRounds && !HasFailure(); ++round) {
+    if (round == 1) LoadMachine(5);
+    signals_->go = 0;
+    const Pid pid = StartSubject([&] {
+      Memory memory(image, *signals_);
+      ::raise(SIGSTOP);
+      while (signals_->go == 0) {
+        for (uint64_t page = 3; page < memory.pages(); page += 64) {
+          memory.Write(page);
+          memory.GiveBack(page, 1, MADV_DONTNEED);
+          memory.Check(page, "given back");
+        }
+        for (uint64_t page = 3; page < memory.pages(); page += 64) memory.Check(page, "later");
       }
-      for (uint64_t page = 3; page < memory.pages(); page += 64) memory.Check(page, "later");
-    }
-    memory.CheckAll("at the end");
-  });
-  WatchStopped(pid, {});
-  const auto status = WaitReady(pid, Nanos(40'000'000'000), {});
-  ASSERT_TRUE(status);
-  EXPECT_EQ(status->status, Status::kReady) << status->reason;
-  signals_->go = 1;
-  ExpectGoodEnd(pid);
+      memory.CheckAll("at the end");
+    });
+    WatchStopped(pid, {});
+    const auto status = WaitReady(pid, Nanos(40'000'000'000), {});
+    ASSERT_TRUE(status);
+    EXPECT_EQ(status->status, Status::kReady) << status->reason;
+    signals_->go = 1;
+    ExpectGoodEnd(pid);
+  }
 }
 
 TEST_F(EventsTest, AForkedChildIsAdoptedAndItsMemoryBehaves) {
