@@ -115,8 +115,7 @@ void AgentTest::LoadMachine(int processes) {
     const pid_t pid = ::fork();
     ASSERT_GE(pid, 0);
     if (pid != 0) continue;
-    for (volatile uint64_t turns = 0;; turns = turns + 1) {
-    }
+    for (;;) asm volatile("");
   }
 }
 
