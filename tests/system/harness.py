@@ -235,6 +235,19 @@ class Program:
         self.pid = pid
         self.report_path = report
         self.popen = popen
+        story.programs.append(self)
+
+    def last_words(self):
+        """What is known of it when its story has failed."""
+        status = reap(self.pid)
+        words = f"process {self.pid}: " + ("alive" if is_alive(self.pid) else "gone")
+        if status is not None:
+            words = f"process {self.pid} ended with wait status {status:#x}"
+        try:
+            with open(self.report_path) as file:
+                return f"{words}; report: {file.read().strip()}"
+        except (OSError, TypeError):
+            return words
 
     def report(self):
         """Its last report, {} when there is none yet. A report of an error fails the story."""
@@ -329,6 +342,7 @@ class Story:
         self.environment = dict(os.environ, UNMOOR_STORY=self.mark, UNMOOR_RUNTIME_DIR=self.runtime,
                                 TMPDIR=self.folder)
         self.popens = []
+        self.programs = []
         self.mounts = []
         if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
             raise Failed("cannot become a subreaper")
@@ -563,6 +577,8 @@ def run(function, arguments):
         if not isinstance(error, Failed):
             traceback.print_exc(file=sys.stdout)
         print(f"{function.__name__} FAILED: {error}")
+        for program in story.programs if story is not None else []:
+            print(f"  {program.last_words()}")
         return 1
     finally:
         if story is not None:
