@@ -79,10 +79,15 @@ class Worker final : public Carrier {
     int helper_fd = -1;
   };
 
+  struct MovedMemory {
+    VaddrRange from;
+    Vaddr to;
+  };
   struct HeldEvents {
     std::vector<VaddrRange> given_back;
-    std::vector<Vaddr> cut;         // where a munmap may have shortened a VMA
-    std::vector<VaddrRange> grown;  // what moved VMAs gained while they moved
+    std::vector<Vaddr> cut;                // where a munmap may have shortened a VMA
+    std::vector<VaddrRange> grown;         // what moved VMAs gained while they moved
+    std::vector<MovedMemory> unexplained;  // by a call not seen yet
   };
 
   [[nodiscard]] bool AnotherAgentIsAtWork() const;
@@ -97,6 +102,8 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<PlannedArea> PlanArea(Area area);
   [[nodiscard]] Result<> KnowChildren();
   [[nodiscard]] Result<> StopAndRead(HeldEvents& events, bool& changed);
+  static void NoteMove(const MovedMemory& moved, const BlockedCall& call, HeldEvents& events);
+  [[nodiscard]] Result<> ExplainMoves(HeldEvents& events);
   [[nodiscard]] Result<helper::Reply> RunSwaps(const OpList& ops);
   [[nodiscard]] Result<> WaitForEarlierHelpers() const;
   [[nodiscard]] Result<> OpenTrackers();

@@ -53,25 +53,12 @@ bool GivesMemoryBack(const BlockedCall& call) {
          (call.args[2] == kDontNeed || call.args[2] == kFree || call.args[2] == kDontNeedLocked);
 }
 
-// Whether the mremap that moved `range` leaves it mapped, and empty (MREMAP_DONTUNMAP).
-bool KeepsOldMapping(const ThreadCalls& calls, VaddrRange range) {
-  constexpr uint64_t kDontUnmap = 4;
-  return std::ranges::any_of(calls.blocked, [&](const BlockedCall& call) {
-    return call.number == SYS_mremap && call.args[0] == range.begin.value &&
-           (call.args[3] & kDontUnmap) != 0;
-  });
-}
-
-// What was added to `event`'s range when it moved. The event has the old length only, and the VMA
-// there may be longer for having joined its neighbours; so the caller says.
-VaddrRange GrownBy(const ThreadCalls& calls, const UffdEvent& event) {
+// The mremap that moved `range`: its thread sleeps in it, or is stopped at its end.
+const BlockedCall* MoverOf(const ThreadCalls& calls, VaddrRange range) {
   const auto call = std::ranges::find_if(calls.blocked, [&](const BlockedCall& c) {
-    return c.number == SYS_mremap && c.args[0] == event.range.begin.value;
+    return c.number == SYS_mremap && c.args[0] == range.begin.value;
   });
-  if (call == calls.blocked.end()) return {};
-  const Vaddr old_end = event.to + event.range.size();
-  const Vaddr new_end = event.to + Bytes(AlignUp(call->args[2], kPageSize));
-  return {old_end, std::max(old_end, new_end)};
+  return call == calls.blocked.end() ? nullptr : &*call;
 }
 
 bool Forks(const BlockedCall& call) {
@@ -151,6 +138,7 @@ Result<> Worker::HoldProgram(bool& changed) {
   HeldEvents events;
   held_since_ = MonotonicNow();
   const auto stopped = StopAndRead(events, changed);
+  if (!events.unexplained.empty()) UNMOOR_TRY(ExplainMoves(events));
   // Whatever went wrong, what the events said happens before anybody runs.
   for (const VaddrRange range : events.given_back) UNMOOR_TRY(Drop(range));
   for (const VaddrRange range : events.grown) UNMOOR_TRY(ZeroGrowth(range));
@@ -193,16 +181,39 @@ Result<> Worker::StopAndRead(HeldEvents& events, bool& changed) {
     UNMOOR_TRY(KnowChildren());
     UNMOOR_ASSIGN(auto event, ReadUffdEvent(uffd_.get()));
     if (!event) continue;
-    if (event->kind == UffdEvent::Kind::kRemove ||
-        (event->kind == UffdEvent::Kind::kRemap && KeepsOldMapping(calls, event->range))) {
-      events.given_back.push_back(event->range);
-    }
+    if (event->kind == UffdEvent::Kind::kRemove) events.given_back.push_back(event->range);
     if (event->kind == UffdEvent::Kind::kUnmap) events.cut.push_back(event->range.begin);
     if (event->kind == UffdEvent::Kind::kRemap) {
-      events.grown.push_back(GrownBy(calls, *event));
+      const MovedMemory moved{event->range, event->to};
+      const BlockedCall* mover = MoverOf(calls, event->range);
+      if (mover == nullptr) events.unexplained.push_back(moved);
+      if (mover != nullptr) NoteMove(moved, *mover, events);
     }
     NoteEvent(*event, calls, changed);
   }
+}
+
+// The event has the old length only, and the VMA there now may be longer for having joined its
+// neighbours; so the call says what was added. With MREMAP_DONTUNMAP the old place stays mapped,
+// and empty.
+void Worker::NoteMove(const MovedMemory& moved, const BlockedCall& call, HeldEvents& events) {
+  constexpr uint64_t kDontUnmap = 4;
+  if ((call.args[3] & kDontUnmap) != 0) events.given_back.push_back(moved.from);
+  const VaddrRange grown{moved.to + moved.from.size(),
+                         moved.to + Bytes(AlignUp(call.args[2], kPageSize))};
+  if (grown.begin < grown.end) events.grown.push_back(grown);
+}
+
+// On a busy machine an event can be read before its thread was seen asleep. It is stopped by now,
+// or asleep: no thread has run on since.
+Result<> Worker::ExplainMoves(HeldEvents& events) {
+  UNMOOR_ASSIGN(const ThreadCalls calls, ReadThreadCalls(pid_));
+  for (const MovedMemory& moved : events.unexplained) {
+    const BlockedCall* mover = MoverOf(calls, moved.from);
+    if (mover != nullptr) NoteMove(moved, *mover, events);
+    if (mover == nullptr) spdlog::debug("nobody is seen to have moved {}", moved.from);
+  }
+  return {};
 }
 
 Result<> Worker::DropWhatIsGivenBack(const ThreadCalls& calls) {

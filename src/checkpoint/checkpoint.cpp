@@ -69,6 +69,11 @@ void WaitUntraced(Pid pid) {
   }
 }
 
+bool HasEnded(Pid pid) {
+  const auto info = ReadProcess(pid);
+  return !info || info->state == 'Z' || info->state == 'X';
+}
+
 // An agent of ours lets go by itself once the process is READY.
 bool IsOurAgent(Pid tracer) {
   const auto info = ReadProcess(tracer);
@@ -217,7 +222,9 @@ Result<> Dumper::FinishRemap() {
   for (const Pid pid : tree) {
     const auto info = ReadProcess(pid);
     if (!info || info->state == 'Z' || info->kernel_thread) continue;
-    UNMOOR_TRY(FinishRemapOf(pid));
+    const auto done = FinishRemapOf(pid);
+    if (!done && pid != options_.pid && HasEnded(pid)) continue;  // a child that lived for a moment
+    UNMOOR_TRY(done);
   }
   return CheckUntraced(options_.pid, Nanos(5'000'000'000));
 }

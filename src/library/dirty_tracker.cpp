@@ -78,10 +78,12 @@ DirtyTracker::Mechanism DirtyTracker::mechanism() const {
   return impl_->tracker->by_protection() ? Mechanism::kMprotect : Mechanism::kWriteProtect;
 }
 
-// What was unmapped or moved counts as changed, so every page not reported is as it was.
+// What was unmapped or moved counts as changed, so every page not reported is as it was. By mprotect
+// only stores are seen: not what was given back, mapped anew or protected by the program itself.
 std::vector<VaddrRange> TrackedRanges(const DirtyTracker& tracker) {
   const DirtyTracker::Impl& impl = tracker.impl();
-  return impl.tracker->IsOfThisProcess() ? impl.ranges : std::vector<VaddrRange>();
+  const bool sees_all = impl.tracker->IsOfThisProcess() && !impl.tracker->by_protection();
+  return sees_all ? impl.ranges : std::vector<VaddrRange>();
 }
 
 }  // namespace v1

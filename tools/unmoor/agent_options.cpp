@@ -7,7 +7,7 @@ namespace unmoor::cli {
 
 void AddAgentOptions(CLI::App& app, AgentArguments& arguments) {
   app.add_option("--max-pause", arguments.max_pause,
-                 "No thread is stopped for longer at a time (default 1ms)")
+                 "How long threads may be stopped at a time, about (default 1ms)")
       ->option_text("TIME");
   app.add_option("--thp", arguments.thp,
                  "auto: huge pages where whole ones are in use; never: small pages only")

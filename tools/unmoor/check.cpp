@@ -65,15 +65,16 @@ void AddUffd(std::vector<Item>& items, const KernelFeatures& kernel) {
 }
 
 void AddKernel(std::vector<Item>& items, const KernelFeatures& kernel) {
-  items.push_back({"kernel", kernel.AtLeast(6, 7), true, kernel.release,
-                   "userfaultfd WP_ASYNC and PAGEMAP_SCAN are missing", "use 6.7 or later"});
+  items.push_back({"kernel", kernel.AtLeast(6, 11), true, kernel.release,
+                   "userfaultfd WP_ASYNC, PAGEMAP_SCAN or PROCMAP_QUERY are missing",
+                   "use 6.11 or later"});
   items.push_back({"machine", kernel.machine == "x86_64", true, kernel.machine,
                    "the code carried into programs exists for x86-64 only", ""});
   AddUffd(items, kernel);
   items.push_back({"PAGEMAP_SCAN", kernel.pagemap_scan, true, "", "written pages cannot be found",
                    "use a kernel from 6.7 on"});
-  items.push_back({"PROCMAP_QUERY", kernel.procmap_query, false, "",
-                   "/proc/PID/maps is read as text, some 0.1 ms a thousand VMAs",
+  items.push_back({"PROCMAP_QUERY", kernel.procmap_query, true, "",
+                   "mappings cannot be compared within a window",
                    "use a kernel from 6.11 on"});
   items.push_back({"ptrace", kernel.ptrace_seize, true,
                    kernel.yama_scope < 0

@@ -87,6 +87,7 @@ RemapShare::RemapShare(std::shared_ptr<Watcher> watcher, std::vector<ScopeRange>
     : watcher_(std::move(watcher)), scope_(std::move(scope)), sources_(std::move(sources)) {}
 
 RemapShare::~RemapShare() {
+  watcher_->ForgetRefusal(this);
   if (!watcher_->IsOfThisProcess()) return;  // its mirrors were unmapped by the fork
   for (const Mirror& mirror : mirrors_) {
     locks.address_space.Acquire();
@@ -292,7 +293,7 @@ void RemapShare::Refuse(VaddrRange range, const std::string& reason) {
   refused_.Insert(range);
   ++refusals_;
   if (refusal_.empty()) refusal_ = reason;
-  watcher_->NoteRefusal(reason);
+  watcher_->NoteRefusal(this, reason);
 }
 
 RangeSet RemapShare::refused() const {

@@ -166,9 +166,14 @@ void Watcher::Disclaim(std::span<const VaddrRange> ranges) {
   for (const VaddrRange range : ranges) std::erase(claimed_, range);
 }
 
-void Watcher::NoteRefusal(const std::string& reason) {
+void Watcher::NoteRefusal(const void* who, const std::string& reason) {
   const std::lock_guard lock(mutex_);
-  if (refusal_.empty()) refusal_ = reason;
+  refusals_.try_emplace(who, reason);
+}
+
+void Watcher::ForgetRefusal(const void* who) {
+  const std::lock_guard lock(mutex_);
+  refusals_.erase(who);
 }
 
 std::string Watcher::Refusal() {
@@ -179,7 +184,7 @@ std::string Watcher::Refusal() {
   }
   if (!watcher || !watcher->IsOfThisProcess()) return {};
   const std::lock_guard inner(watcher->mutex_);
-  return watcher->refusal_;
+  return watcher->refusals_.empty() ? std::string() : watcher->refusals_.begin()->second;
 }
 
 std::thread StartEngineThread(const char* name, std::function<void()> body) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -39,8 +40,10 @@ class Watcher {
   // Ranges only one may have. False: part of one is taken.
   [[nodiscard]] bool Claim(std::span<const VaddrRange> ranges);
   void Disclaim(std::span<const VaddrRange> ranges);
-  // Something of this process will never be remapped; the first reason is kept.
-  void NoteRefusal(const std::string& reason);
+  // Something of this process will never be remapped, says `who`, whose first reason is kept until
+  // it says that it is gone.
+  void NoteRefusal(const void* who, const std::string& reason);
+  void ForgetRefusal(const void* who);
   // Of the Watcher there is, if any. Empty: nothing was refused.
   [[nodiscard]] static std::string Refusal();
 
@@ -55,7 +58,7 @@ class Watcher {
   std::thread thread_;
   std::mutex mutex_;
   std::vector<VaddrRange> claimed_;
-  std::string refusal_;
+  std::map<const void*, std::string> refusals_;
 };
 
 // A thread of the remapper. It rests in the windows of others like any thread of the program, since

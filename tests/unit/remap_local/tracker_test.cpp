@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "fixture.h"
+#include "library/tracked_ranges.h"
 #include "unmoor/dirty_tracker.h"
 
 namespace hazards {
@@ -120,6 +121,8 @@ TEST_F(Tracker, WithoutUserfaultfdItProtectsAndTheRemapperSaysWhatItLacks) {
     if (!tracker->Changed()->empty()) return false;
     memory()[8 * kPage] = 2;
     if (Pages(*tracker->Changed(), memory()) != std::set<size_t>{8}) return false;
+    // It does not see what is given back, so a checkpoint must not go by it.
+    if (!unmoor::TrackedRanges(*tracker).empty()) return false;
     const unmoor::RemapRange remap{range};
     const auto remapper = unmoor::BackgroundRemapper::Start(std::span(&remap, 1));
     return remapper.status().code() == unmoor::StatusCode::kUnsupported;
