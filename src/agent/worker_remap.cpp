@@ -70,8 +70,8 @@ Result<std::vector<Carrier::PlannedArea>> Worker::Plan() {
   stop_.Release();
   swap_next_ = false;
   UNMOOR_TRY(CheckNoPinnedMemory());
-  UNMOOR_TRY(Settle());
   if (++plans_in_a_row_ > kPlansBeforeHold) UNMOOR_TRY(ConvertHot());
+  UNMOOR_TRY(Settle());
   for (int attempt = 0;; ++attempt) {
     auto planned = PlanOnce();
     if (planned) return planned;
