@@ -35,6 +35,8 @@ constexpr Bytes kHeapReach(uint64_t{1} << 40);
 // How long all threads may be held for the sake of one that does not stop (kFirstHold to begin
 // with), and how many times that long the program then runs before it is held again.
 constexpr Nanos kLongestHold(100'000'000);
+// A mapping that was shortened must not grow again before it is anonymous: it would show old bytes.
+constexpr Nanos kLongestHoldForCut(2'000'000'000);
 constexpr int64_t kRunsAfterHoldInVain = 3;
 constexpr int kHotAreas = 16;
 constexpr Bytes kHotPart(uint64_t{2} << 20);
@@ -167,7 +169,7 @@ Result<> Worker::StopAndRead(HeldEvents& events, bool& changed) {
     UNMOOR_ASSIGN(const int64_t late, link_.Must(hold, "cannot stop the program's threads"));
     if (late == 0) return {};
     UNMOOR_ASSIGN(const bool waiting, WaitReadable(uffd_.get(), Nanos(0)));
-    const Nanos limit = events.cut.empty() ? hold_limit_ : kLongestHold;
+    const Nanos limit = events.cut.empty() ? hold_limit_ : kLongestHoldForCut;
     if (!waiting && MonotonicNow() - began > limit) {
       return Failure(Error(ErrorKind::kMachine, EAGAIN,
                            fmt::format("a thread of process {} does not stop", pid_.value)));

@@ -3,15 +3,18 @@
 
 Clients talk by TCP. Before a dump they go (a connection is the business of CRIU's own options); after
 a restore they come again, and write while the remap is at work. Every key is compared: DEBUG DIGEST
-before the dump and after the restore, and an own copy of every write that was acknowledged.
+before the dump and after the restore; during the remap, which goes on under a BGSAVE, each key that
+nobody wrote, and an own copy of every write that was acknowledged.
 """
+import concurrent.futures
 import os
 import shutil
 import socket
 import threading
 import time
 
-from harness import Program, demand, footprint, free_port, is_alive, main, need_program, poll
+from harness import (Program, children, demand, footprint, free_port, is_alive, main, need_program,
+                     poll)
 
 KEYS = 500_000
 VALUE_BYTES = 800
@@ -124,6 +127,23 @@ class Redis:
         client.close()
         return digest
 
+    def value_digests(self):
+        """Of every key it was populated with, in their order."""
+        client = self.client()
+        digests = []
+        step = 2000
+        for first in range(0, KEYS, step):
+            keys = [f"key:{number}" for number in range(first, min(first + step, KEYS))]
+            digests += client("DEBUG", "DIGEST-VALUE", *keys)
+        client.close()
+        return digests
+
+    def demand_untouched(self, before, written):
+        """Every key that nobody wrote is what it was."""
+        for number, (old, new) in enumerate(zip(before, self.value_digests(), strict=True)):
+            demand(old == new or f"key:{number}" in written,
+                   f"key:{number}, which nobody wrote, is not what it was")
+
     def demand_own_writes(self):
         """Every acknowledged write is there."""
         client = self.client()
@@ -150,6 +170,15 @@ class Redis:
         size = os.path.getsize(path)
         os.remove(path)
         return size
+
+    def is_saving(self):
+        def name(pid):
+            try:
+                with open(f"/proc/{pid}/comm") as file:
+                    return file.read()
+            except OSError:
+                return ""
+        return any(name(pid).startswith("redis") for pid in children(self.program.pid))
 
     def disconnected(self):
         """All clients are gone from redis's own point of view."""
@@ -184,14 +213,21 @@ def three_generations(story):
         if previous:
             shutil.rmtree(previous)
         previous = image
-        story.restore(redis.program, image)
+        story.restore(redis.program, image, "--remap", "off")
         # Nothing has written yet: the digest tells whether every key is what it was.
         demand(redis.digest() == digest, f"the digest differs after restore {generation}")
+        values = redis.value_digests()
         writer = Writer(redis.port, generation)
         writer.start()
-        saved = redis.save_in_background()
-        outcome = story.wait_ready(redis.program)
-        redis.expected.update(writer.finish())
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            saving = pool.submit(redis.save_in_background)
+            poll(lambda: redis.is_saving() or saving.done(), "BGSAVE has forked")
+            demand(not saving.done(), "BGSAVE is to go on during the remap")
+            outcome = story.unmoor("remap", "-t", redis.program.pid)
+            saved = saving.result()
+        written = writer.finish()
+        redis.demand_untouched(values, written)
+        redis.expected.update(written)
         compared = redis.demand_own_writes()
         story.say(f"generation {generation}: {compared} own writes compared, BGSAVE of {saved >> 20} "
                   f"MiB, slowest write {writer.longest * 1000:.1f} ms, {outcome.out.strip()[-200:]}")
