@@ -25,6 +25,14 @@ def complaint(case):
     return head + ["..."] * bool(head) + lines[tail:]
 
 
+def why_skipped(lines):
+    """GoogleTest says it on the line after "file:line: Skipped", our scripts on the last."""
+    for at, line in enumerate(lines[:-1]):
+        if line.endswith(": Skipped"):
+            return lines[at + 1]
+    return lines[-1] if lines else "no reason given"
+
+
 def main():
     results, left_behind = sys.argv[1], sys.argv[2] != "0"
     passed, failed, skipped, seconds = [], [], [], 0.0
@@ -48,7 +56,7 @@ def main():
         for line in complaint(case):
             print(f"    {line}")
     for case in skipped:
-        reason = (output_lines(case) or ["no reason given"])[-1]
+        reason = why_skipped(output_lines(case))
         print(f"skipped {case.get('name')}: {reason}")
     if left_behind:
         print("FAILED nothing is left behind (see above)")
