@@ -112,6 +112,10 @@ std::vector<std::vector<local::ScopeRange>> Split(const std::vector<local::Scope
   return parts;
 }
 
+Result<> Cancelled() {
+  return Failure(Error(ErrorKind::kMachine, ECANCELED, "cancelled"));
+}
+
 local::CopyOrder OrderOf(RemapOrder order) {
   switch (order) {
     case RemapOrder::kSequential:
@@ -157,7 +161,7 @@ class BackgroundRemapper::Impl {
     RemapCounts earlier;  // of those before
     Nanos longest_guard;
     bool standing = false;
-    bool last_look = false;  // has done its own part
+    bool part_done = false;
     bool ended = false;
     Nanos paced_until;  // of the bytes copied so far
     Nanos cpu_mark;     // thread time when last slept for the share
@@ -249,7 +253,7 @@ Result<> BackgroundRemapper::Impl::RunScope(Worker& worker,
     auto result = RunOnce(worker, carrier);
     if (result || result.error().errnum() == ECANCELED) return result;
     if (!StandUntilResumed(worker, result.error())) {
-      return Failure(Error(ErrorKind::kMachine, ECANCELED, "cancelled"));
+      return Cancelled();
     }
   }
 }
@@ -269,8 +273,8 @@ Result<> BackgroundRemapper::Impl::RunLeftBehind(Worker& worker) {
 // Whether every other worker has done its part.
 bool BackgroundRemapper::Impl::IsLast(Worker& worker) {
   const std::lock_guard lock(mutex_);
-  worker.last_look = true;
-  return std::ranges::all_of(workers_, [](const auto& w) { return w->last_look || w->ended; });
+  worker.part_done = true;
+  return std::ranges::all_of(workers_, [](const auto& w) { return w->part_done || w->ended; });
 }
 
 Result<> BackgroundRemapper::Impl::RunOnce(Worker& worker, local::LocalCarrier& carrier) {
@@ -314,11 +318,8 @@ bool BackgroundRemapper::Impl::StandUntilResumed(Worker& worker, const Error& er
 
 Result<> BackgroundRemapper::Impl::Gate(Worker& worker, Bytes copied) {
   std::unique_lock lock(mutex_);
-  const auto stopped = [&]() -> Result<> {
-    return Failure(Error(ErrorKind::kMachine, ECANCELED, "cancelled"));
-  };
   changed_.wait(lock, [&] { return cancelled_ || !paused_; });
-  if (cancelled_) return stopped();
+  if (cancelled_) return Cancelled();
   const Nanos sleep = TimeToSleep(worker, copied);
   if (sleep.value > 0) {
     changed_.wait_for(lock, std::chrono::nanoseconds(sleep.value),
@@ -326,7 +327,7 @@ Result<> BackgroundRemapper::Impl::Gate(Worker& worker, Bytes copied) {
   }
   worker.clock_mark = MonotonicNow();
   worker.cpu_mark = ThreadCpuTime();
-  return cancelled_ ? stopped() : Result<>();
+  return cancelled_ ? Cancelled() : Result<>();
 }
 
 Nanos BackgroundRemapper::Impl::TimeToSleep(Worker& worker, Bytes copied) {

@@ -87,8 +87,8 @@ RemapShare::RemapShare(std::shared_ptr<Watcher> watcher, std::vector<ScopeRange>
     : watcher_(std::move(watcher)), scope_(std::move(scope)), sources_(std::move(sources)) {}
 
 RemapShare::~RemapShare() {
-  watcher_->ForgetRefusal(this);
   if (!watcher_->IsOfThisProcess()) return;  // its mirrors were unmapped by the fork
+  watcher_->ForgetRefusal(this);
   for (const Mirror& mirror : mirrors_) {
     locks.address_space.Acquire();
     RemoveMirror(mirror.reserved.memory.begin.value);
@@ -170,20 +170,22 @@ Result<std::vector<VaddrRange>> RemapShare::FindMapped() {
     area.dev_minor = static_cast<uint32_t>(part.device);
     area.inode = part.inode;
     area.offset = part.offset;
-    VaddrRange known;
-    {
-      const std::lock_guard lock(mutex_);
-      for (const ScopeRange& scope : scope_) {
-        if (known.empty()) known = scope.memory.Intersect(area.range);
-      }
-      for (const VaddrRange adopted : adopted_) {
-        if (known.empty()) known = adopted.Intersect(area.range);
-      }
+    std::vector<VaddrRange> known = KnownParts(area.range);
+    if (known.empty() && AdoptMoved(area)) known.push_back(area.range);
+    for (const VaddrRange range : known) {
+      for (const VaddrRange left : refused.Outside(range)) ours.push_back(left);
     }
-    if (known.empty() && AdoptMoved(area)) known = area.range;
-    for (const VaddrRange left : refused.Outside(known)) ours.push_back(left);
   }
   return ours;
+}
+
+std::vector<VaddrRange> RemapShare::KnownParts(VaddrRange range) const {
+  const std::lock_guard lock(mutex_);
+  std::vector<VaddrRange> parts = adopted_;
+  for (const ScopeRange& scope : scope_) parts.push_back(scope.memory);
+  for (VaddrRange& part : parts) part = part.Intersect(range);
+  std::erase_if(parts, [](VaddrRange part) { return part.empty(); });
+  return parts;
 }
 
 // One mirror for each area, kept as long as the remapper: pages moved from one mirror to one area

@@ -89,6 +89,8 @@ class RemapShare {
     Area area;
     ReservedMemory reserved;
   };
+  // What of `range` is in the scope or adopted.
+  [[nodiscard]] std::vector<VaddrRange> KnownParts(VaddrRange range) const;
   [[nodiscard]] Result<Mirror> MakeMirror(const Area& area) const;
   [[nodiscard]] Image OpenImage(const Area& area, bool verify) const;
 

@@ -691,27 +691,35 @@ void Hurry(bool on) {
   Call(__NR_sched_setscheduler, 0, on ? kFifo : kOther, Address(&priority));
 }
 
+// Both locks, and a core, for as long as it lives.
+class WindowTurn {
+ public:
+  WindowTurn() {
+    locks.window.Acquire();
+    locks.address_space.Acquire();
+    Hurry(true);
+  }
+  WindowTurn(const WindowTurn&) = delete;
+  WindowTurn& operator=(const WindowTurn&) = delete;
+  ~WindowTurn() {
+    Hurry(false);
+    locks.address_space.Release();
+    locks.window.Release();
+  }
+};
+
 }  // namespace
 
 WindowResult SwapFrozen(const Descriptors& fds, const WindowPiece* pieces, uint32_t count,
                         uint64_t dirty_limit, int64_t stop_limit_ns, WindowRoom& room) {
-  locks.window.Acquire();
-  locks.address_space.Acquire();
-  Hurry(true);
-  const WindowResult result =
-      SwapFrozenLocked(fds, pieces, count, dirty_limit, stop_limit_ns, room);
-  Hurry(false);
-  locks.address_space.Release();
-  locks.window.Release();
-  return result;
+  const WindowTurn turn;
+  return SwapFrozenLocked(fds, pieces, count, dirty_limit, stop_limit_ns, room);
 }
 
 WindowResult SwapGuarded(const Descriptors& fds, const WindowPiece& piece, uint64_t dirty_limit,
                          WindowRoom& room) {
-  locks.window.Acquire();
-  locks.address_space.Acquire();
+  const WindowTurn turn;
   WindowResult result;
-  Hurry(true);
   ServeEventsLocked(fds);
   uint32_t parts = 0;
   if (CollectParts(fds, &piece, 1, room, parts, result.skipped) == 0 && parts == 0) {
@@ -721,17 +729,12 @@ WindowResult SwapGuarded(const Descriptors& fds, const WindowPiece& piece, uint6
   } else {
     result = SwapGuardedLocked(fds, piece, dirty_limit, room);
   }
-  Hurry(false);
-  locks.address_space.Release();
-  locks.window.Release();
   return result;
 }
 
 MappedParts FindMappedFrozen(const Descriptors& fds, int64_t stop_limit_ns) {
+  const WindowTurn turn;
   MappedParts found;
-  locks.window.Acquire();
-  locks.address_space.Acquire();
-  Hurry(true);
   found.complete = OpenServing(fds, stop_limit_ns).open;
   kernel::ProcmapQuery vma;
   constexpr uint32_t kMost = sizeof(found.parts) / sizeof(found.parts[0]);
@@ -743,9 +746,6 @@ MappedParts FindMappedFrozen(const Descriptors& fds, int64_t stop_limit_ns) {
                                   vma.vma_offset};
   }
   if (found.complete) CloseWindow();
-  Hurry(false);
-  locks.address_space.Release();
-  locks.window.Release();
   return found;
 }
 

@@ -165,6 +165,12 @@ void AgentTest::ExpectReady(Pid pid) {
   ExpectNoTraces(pid);
 }
 
+void AgentTest::ExpectBecomesReady(Pid pid, Nanos limit) {
+  const auto status = WaitReady(pid, limit, {});
+  ASSERT_TRUE(status) << status.error().message();
+  EXPECT_EQ(status->status, Status::kReady) << status->reason;
+}
+
 std::vector<VmaInfo> AgentTest::VmasOf(Pid pid, VaddrRange range) {
   const auto vmas = ReadSmaps(pid);
   std::vector<VmaInfo> found;

@@ -49,6 +49,8 @@ class AgentTest : public testing::Test {
   // Nothing in `pid` but what belongs to it: no helper, no staging, no watched memory.
   void ExpectNoTraces(Pid pid);
   void ExpectReady(Pid pid);
+  // Waits for it.
+  void ExpectBecomesReady(Pid pid, Nanos limit);
   // The VMAs of `memory` in `pid`.
   std::vector<VmaInfo> VmasOf(Pid pid, VaddrRange range);
 

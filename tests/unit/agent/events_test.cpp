@@ -174,9 +174,7 @@ TEST_F(EventsTest, WhileRemappedEverythingReadsAsAnonymousMemoryWould) {
       for (auto& hazards : all) hazards->memory().CheckAll("after the remap");
     });
     WatchStopped(pid, {});
-    const auto status = WaitReady(pid, Nanos(20'000'000'000), {});
-    ASSERT_TRUE(status);
-    EXPECT_EQ(status->status, Status::kReady) << status->reason;
+    ExpectBecomesReady(pid, Nanos(20'000'000'000));
     ExpectNoTraces(pid);
     signals_->go = 1;
     ExpectGoodEnd(pid);
@@ -200,9 +198,7 @@ TEST_F(EventsTest, ManyThreadsGivingMemoryBackReadZeros) {
     memory.CheckAll("at the end");
   });
   WatchStopped(pid, {});
-  const auto status = WaitReady(pid, Nanos(40'000'000'000), {});
-  ASSERT_TRUE(status);
-  EXPECT_EQ(status->status, Status::kReady) << status->reason;
+  ExpectBecomesReady(pid, Nanos(40'000'000'000));
   signals_->go = 1;
   ExpectGoodEnd(pid);
 }
@@ -229,9 +225,7 @@ TEST_F(EventsTest, GivingBackTheSamePagesAgainAndAgainReadsZeros) {
       memory.CheckAll("at the end");
     });
     WatchStopped(pid, {});
-    const auto status = WaitReady(pid, Nanos(40'000'000'000), {});
-    ASSERT_TRUE(status);
-    EXPECT_EQ(status->status, Status::kReady) << status->reason;
+    ExpectBecomesReady(pid, Nanos(40'000'000'000));
     signals_->go = 1;
     ExpectGoodEnd(pid);
   }
@@ -268,9 +262,7 @@ TEST_F(EventsTest, AForkedChildIsAdoptedAndItsMemoryBehaves) {
   AwaitReady(1);
   ASSERT_TRUE(WaitUntil([&] { return signals_->child != 0; }));
   for (const Pid p : {pid, Pid{signals_->child}}) {
-    const auto status = WaitReady(p, Nanos(20'000'000'000), {});
-    ASSERT_TRUE(status);
-    EXPECT_EQ(status->status, Status::kReady) << status->reason;
+    ExpectBecomesReady(p, Nanos(20'000'000'000));
     ExpectNoTraces(p);
   }
   signals_->go = 1;
@@ -302,9 +294,7 @@ TEST_F(EventsTest, ManyForksDuringARemap) {
     memory.CheckAll("at the end");
   });
   WatchStopped(pid, {});
-  const auto status = WaitReady(pid, Nanos(40'000'000'000), {});
-  ASSERT_TRUE(status);
-  EXPECT_EQ(status->status, Status::kReady) << status->reason;
+  ExpectBecomesReady(pid, Nanos(40'000'000'000));
   signals_->go = 1;
   ExpectGoodEnd(pid);
 }

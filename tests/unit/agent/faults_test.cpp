@@ -184,9 +184,7 @@ TEST_F(FaultsTest, TheCommandsDeathDoesNotEndTheRemap) {
       WaitUntil([&] { return !FindProcesses("unmoor-helper").empty() || !MapsImages(pid); }));
   EXPECT_TRUE(SendSignal(command, SIGKILL));
   AwaitEnd(command);
-  const auto status = WaitReady(pid, Nanos(20'000'000'000), {});
-  ASSERT_TRUE(status);
-  EXPECT_EQ(status->status, Status::kReady) << status->reason;
+  ExpectBecomesReady(pid, Nanos(20'000'000'000));
   ExpectNoTraces(pid);
   signals_->go = 1;
   ExpectGoodEnd(pid);

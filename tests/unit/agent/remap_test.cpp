@@ -287,9 +287,7 @@ TEST_F(RemapTest, AProgramStartedStoppedRunsWithoutNoticingSigcont) {
     memory.CheckAll("after the remap");
   });
   WatchStopped(pid, {});
-  const auto status = WaitReady(pid, Nanos(20'000'000'000), {});
-  ASSERT_TRUE(status);
-  EXPECT_EQ(status->status, Status::kReady) << status->reason;
+  ExpectBecomesReady(pid, Nanos(20'000'000'000));
   signals_->go = 1;
   ExpectGoodEnd(pid);
 }
