@@ -58,7 +58,7 @@ Result<ProcessStatus> QueryStatus(Pid pid) {
   const auto process = ReadProcess(pid);
   if (!process) return UserError("no process {}", pid.value);
   ProcessStatus status;
-  if (process->state == 'Z' || process->state == 'X') {
+  if (process->ended()) {
     status.status = Status::kNever;
     status.reason =
         fmt::format("process {} ({}) has ended and waits for its parent", pid.value, process->name);

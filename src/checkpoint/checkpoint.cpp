@@ -71,7 +71,7 @@ void WaitUntraced(Pid pid) {
 
 bool HasEnded(Pid pid) {
   const auto info = ReadProcess(pid);
-  return !info || info->state == 'Z' || info->state == 'X';
+  return !info || info->ended();
 }
 
 // An agent of ours lets go by itself once the process is READY.
@@ -540,7 +540,7 @@ Result<> CheckDumpable(Pid pid) {
   if (info->kernel_thread) {
     return UserError("process {} is a kernel thread; only programs can be dumped", Describe(pid));
   }
-  if (info->state == 'Z' || info->state == 'X') {
+  if (info->ended()) {
     return UserError("process {} has ended already and waits for its parent {} (a zombie)",
                      Describe(pid), info->parent.value);
   }

@@ -166,7 +166,7 @@ Result<ProcessInfo> ReadProcess(Pid pid) {
       }
     }
   }
-  info.kernel_thread = !has_memory && info.state != 'Z' && info.state != 'X';
+  info.kernel_thread = !has_memory && !info.ended();
   UNMOOR_ASSIGN(const std::string stat, ReadFile(base + "/stat"));
   // Field 22, counted after the closing parenthesis of comm, which may hold anything.
   std::string_view rest = std::string_view(stat).substr(std::min(stat.rfind(')') + 1, stat.size()));

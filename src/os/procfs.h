@@ -56,6 +56,9 @@ struct ProcessInfo {
   std::string name;          // comm
   Vaddr start_brk;           // where its heap begins
   uint64_t start_time = 0;   // clock ticks since boot: tells a reused pid
+
+  // A zombie, or about to vanish.
+  [[nodiscard]] bool ended() const { return state == 'Z' || state == 'X'; }
 };
 
 [[nodiscard]] Result<ProcessInfo> ReadProcess(Pid pid);

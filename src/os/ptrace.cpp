@@ -290,7 +290,7 @@ Result<bool> ProgramStop::SeizeNew() {
     if (!seized && seized.error().errnum() == ESRCH) continue;
     if (!seized && seized.error().errnum() == EPERM) {
       const auto info = ReadProcess(thread);  // an ended leader stays listed and cannot be traced
-      if (!info || info->state == 'Z' || info->state == 'X') continue;
+      if (!info || info->ended()) continue;
       const auto tracer = ReadProcess(info->tracer);
       if (tracer && tracer->name.starts_with("unmoor")) {
         return Failure(Error(ErrorKind::kMachine, EAGAIN, "another agent is just beginning"));

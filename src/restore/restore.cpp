@@ -176,7 +176,7 @@ Result<> Restorer::CheckFreePids() const {
     const Pid pid{static_cast<int>(task.vpid)};
     auto info = ReadProcess(pid);
     while (info) {
-      const bool ending = info->state == 'Z' || info->state == 'X' || info->kernel_thread;
+      const bool ending = info->ended() || info->kernel_thread;
       if (MonotonicNow() - begin > (ending ? kZombiePatience : kDyingPatience)) break;
       SleepFor(Nanos(2'000'000));
       info = ReadProcess(pid);
