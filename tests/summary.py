@@ -1,5 +1,11 @@
 #!/usr/bin/env python3
-"""Sums up a CTest run from its JUnit file: summary.py RESULTS.xml LEFTOVERS_EXIT_CODE
+"""Sums up a CTest run from its JUnit files.
+
+  summary.py late RESULTS.xml                            names of tests that only ran out of time
+  summary.py LEFTOVERS_EXIT_CODE RESULTS.xml [AGAIN.xml]
+
+A test that ran out of time is run once more, alone, when the rest is done: AGAIN.xml. One that passes then is
+counted as passed and named with its first complaint. A test that failed in any other way is never run again.
 
 Failures come with their first complaint and the end of their output, skipped tests with their reason. The last line is
 "N passed, N failed, N skipped"; things left behind count as one more failure.
@@ -8,6 +14,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 FAILURE_LINES = 30
+LATE = "ran out of patience"  # as tests/system/harness.py prints it
 COMPLAINTS = ("Failure", "Traceback", "FAILED", "error:", "ERROR: ")
 
 
@@ -33,16 +40,10 @@ def why_skipped(lines):
     return lines[-1] if lines else "no reason given"
 
 
-def main():
-    results, left_behind = sys.argv[1], sys.argv[2] != "0"
-    passed, failed, skipped, seconds = [], [], [], 0.0
-    try:
-        cases = ElementTree.parse(results).getroot().iter("testcase")
-    except (OSError, ElementTree.ParseError) as error:
-        print(f"summary: no results: {error}")
-        cases, left_behind = [], True
-    for case in cases:
-        seconds += float(case.get("time", 0))
+def read(results):
+    """The cases that passed, failed and were skipped."""
+    passed, failed, skipped = [], [], []
+    for case in ElementTree.parse(results).getroot().iter("testcase"):
         skip = case.find("skipped")
         if case.get("status") == "run":
             passed.append(case)
@@ -50,7 +51,43 @@ def main():
             skipped.append(case)
         else:
             failed.append(case)
+    return passed, failed, skipped
+
+
+def ran_out_of_time(case):
+    return LATE in output_lines(case)
+
+
+def late(results):
+    try:
+        failed = read(results)[1]
+    except (OSError, ElementTree.ParseError):
+        return 0  # the summary will say so
+    for case in filter(ran_out_of_time, failed):
+        print(case.get("name"))
+    return 0
+
+
+def main():
+    if sys.argv[1] == "late":
+        return late(sys.argv[2])
+    left_behind, results = sys.argv[1] != "0", sys.argv[2:]
+    passed, failed, skipped = [], [], []
+    try:
+        passed, failed, skipped = read(results[0])
+    except (OSError, ElementTree.ParseError) as error:
+        print(f"summary: no results: {error}")
+        left_behind = True
+    seconds = sum(float(case.get("time", 0)) for case in passed + failed + skipped)
     print()
+    if len(results) > 1:
+        again = {case.get("name"): case for case in read(results[1])[0]}
+        for case in [case for case in failed if ran_out_of_time(case) and case.get("name") in again]:
+            print(f"slow: {case.get('name')} ran out of time and passed when run again, alone. At first:")
+            for line in complaint(case):
+                print(f"    {line}")
+            failed.remove(case)
+            passed.append(again[case.get("name")])
     for case in failed:
         print(f"FAILED {case.get('name')}")
         for line in complaint(case):

@@ -40,6 +40,11 @@ class Failed(Exception):
     """Something that must hold does not."""
 
 
+class Late(Failed):
+    """Something that must come has not come yet: a hang, or a machine too busy. tests/summary.py knows it
+    by the words "ran out of patience"; it says nothing about memory, which a Failed of another kind does."""
+
+
 class Skip(Exception):
     """This machine lacks something the story needs."""
 
@@ -57,7 +62,7 @@ def poll(condition, what, timeout=30.0, interval=0.01):
         if value:
             return value
         if time.monotonic() > deadline:
-            raise Failed(f"waited {timeout:g} s in vain: {what() if callable(what) else what}")
+            raise Late(f"waited {timeout:g} s in vain: {what() if callable(what) else what}")
         time.sleep(interval)
 
 
@@ -393,7 +398,7 @@ class Story:
             except subprocess.TimeoutExpired:
                 err.seek(0)
                 text = err.read().decode(errors="replace")
-                raise Failed(f"`{' '.join(command)}` still runs after {timeout} s: {text[-500:]}") from None
+                raise Late(f"`{' '.join(command)}` still runs after {timeout} s: {text[-500:]}") from None
             seconds = time.monotonic() - begun
             texts = []
             for file in (out, err):
@@ -577,8 +582,11 @@ def run(function, arguments):
         if not isinstance(error, Failed):
             traceback.print_exc(file=sys.stdout)
         print(f"{function.__name__} FAILED: {error}")
-        for program in story.programs if story is not None else []:
+        programs = story.programs if story is not None else []
+        for program in programs:
             print(f"  {program.last_words()}")
+        if isinstance(error, Late) and all(is_alive(program.pid) for program in programs):
+            print("ran out of patience")
         return 1
     finally:
         if story is not None:
