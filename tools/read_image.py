@@ -116,10 +116,10 @@ class Layer:
                        f"{self.pages_path}: data at {block * BLOCK} where there is none")
             at = end
 
-    def fits(self, task, begin, end, offset):
-        """Whether these addresses at this offset touch one extent, of the task, at the same distance."""
+    def fits(self, begin, end, offset):
+        """Whether these addresses at this offset touch one extent, at the same distance."""
         touched = [e for e in self.extents if e[3] < offset + end - begin and offset < e[3] + e[2]]
-        return len(touched) == 1 and touched[0][0] == task and touched[0][3] - touched[0][1] == offset - begin
+        return len(touched) == 1 and touched[0][3] - touched[0][1] == offset - begin
 
     def overlay(self, memory, offset):
         """Writes what segments hold from `offset` on over `memory`."""
@@ -183,7 +183,7 @@ class Image:
                 vma["begin"], vma["stop"] = int(vma["start"], 16), int(vma["end"], 16)
                 for place in self.places(vma):
                     layer = self.layers[place["layer"]]
-                    demand(layer.fits(task["vpid"], vma["begin"], vma["stop"], place["offset"]),
+                    demand(layer.fits(vma["begin"], vma["stop"], place["offset"]),
                            f"{layer.index_path} and the manifest differ about {vma['start']}")
 
     @staticmethod

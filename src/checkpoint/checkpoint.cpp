@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -133,9 +132,6 @@ class Dumper {
   [[nodiscard]] criu::CriuCommand Command(const Publisher& publisher, int socket) const;
   [[nodiscard]] Result<Manifest> MakeManifest(const std::string& directory,
                                               const PageRouter& router) const;
-  // Fills in where the pages of the mapped VMAs are, and the layers.
-  [[nodiscard]] Result<> DescribeLayers(Manifest& manifest, const std::string& directory,
-                                        const PageRouter& router) const;
   [[nodiscard]] Result<> Publish(Publisher& publisher, const PageRouter& router);
 
   const CheckpointOptions& options_;
@@ -201,6 +197,7 @@ Result<> Dumper::LinkParentLayers(const std::string& directory) const {
   if (!parent_) return {};
   bool told = false;
   for (const LayerReader& layer : parent_->layers()) {
+    UNMOOR_TRY(FaultPoint("dump.link"));
     const std::string pages = LayerPagesPath(directory, layer.id());
     UNMOOR_TRY(LinkOrCopyFile(layer.pages_fd().get(), pages));
     UNMOOR_TRY(LinkOrCopyFile(layer.index_fd().get(), LayerIndexPath(directory, layer.id())));
@@ -363,69 +360,13 @@ Result<Manifest> Dumper::MakeManifest(const std::string& directory,
     }
     manifest.tasks.push_back(std::move(entry));
   }
-  UNMOOR_TRY(DescribeLayers(manifest, directory, router));
+  if (router.layer()) UNMOOR_TRY(router.DescribeLayers(manifest, directory));
+  // What of the new layer is used.
+  manifest.written = Bytes(0);
+  for (const ManifestLayer& layer : manifest.layers) {
+    if (router.layer() && layer.id == router.layer()->id) manifest.written = layer.data;
+  }
   return manifest;
-}
-
-Result<> Dumper::DescribeLayers(Manifest& manifest, const std::string& directory,
-                                const PageRouter& router) const {
-  if (!router.layer()) return {};
-  const LayerInfo& fresh = *router.layer();
-  std::vector<const LayerInfo*> infos;   // of manifest.layers
-  std::map<uint32_t, uint32_t> parents;  // the parent's index -> ours
-  std::optional<uint32_t> own;
-  const auto use_parents = [&](uint32_t index) {
-    const auto [known, first] =
-        parents.try_emplace(index, static_cast<uint32_t>(manifest.layers.size()));
-    if (first) {
-      manifest.layers.push_back(parent_->manifest().layers[index]);
-      infos.push_back(&parent_->layers()[index].info());
-    }
-    return known->second;
-  };
-  const auto use_own = [&] {
-    if (!own) {
-      own = static_cast<uint32_t>(manifest.layers.size());
-      manifest.layers.push_back(
-          {fresh.id, fresh.file_size, fresh.data_bytes, fresh.allocated, fresh.index_checksum});
-      infos.push_back(&fresh);
-    }
-    return *own;
-  };
-  std::map<std::pair<uint32_t, Vaddr>, const Extent*> extents;
-  for (const Extent& extent : fresh.extents) {
-    extents.emplace(std::pair{extent.task_vpid, extent.range.begin}, &extent);
-  }
-  for (ManifestTask& task : manifest.tasks) {
-    const auto routed = router.tasks().find(task.vpid);
-    if (routed == router.tasks().end()) continue;
-    size_t at = 0;  // in the plan, of which the manifest may lack some
-    for (ManifestVma& vma : task.vmas) {
-      while (routed->second.plan[at].vma.range != vma.range) ++at;
-      if (vma.kind != VmaKind::kMapped) continue;
-      const Extent& extent = *extents.at({task.vpid, vma.range.begin});
-      if (const auto& base = routed->second.bases[at]) {
-        vma.layer = use_parents(base->vma.layer);
-        vma.offset = base->vma.offset;
-        for (const ManifestDelta& delta : base->vma.deltas) {
-          vma.deltas.push_back({use_parents(delta.layer), delta.offset});
-        }
-        if (extent.data > Bytes(0)) vma.deltas.push_back({use_own(), extent.offset});
-      } else {
-        vma.layer = use_own();
-        vma.offset = extent.offset;
-      }
-    }
-  }
-  const Overlay overlay(infos, directory);
-  for (ManifestTask& task : manifest.tasks) {
-    for (ManifestVma& vma : task.vmas) {
-      if (vma.kind != VmaKind::kMapped) continue;
-      UNMOOR_ASSIGN(const VmaPages pages, overlay.Resolve(task.vpid, vma));
-      vma.data = pages.data;  // zero pages became holes
-    }
-  }
-  return {};
 }
 
 // What was linked or written and no VMA needs.

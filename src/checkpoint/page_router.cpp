@@ -4,8 +4,6 @@
 #include <fcntl.h>
 
 #include <algorithm>
-#include <array>
-#include <cstring>
 
 #include "agent/page_image.h"
 #include "base/fault_point.h"
@@ -17,32 +15,18 @@
 namespace unmoor {
 namespace {
 
-constexpr uint64_t kChunk = criu::PageServer::kChunk.value;
-
 // Whether so much differs from the parent that the VMA is better written in full: a delta's pages
 // are copied at restore instead of mapped. Told from a sample, since the answer is needed before
 // the first page comes; right or wrong, it decides about cost only. Nobody who did not ask for a
 // delta shall find a slower restore: then a few megabytes are too much.
-bool IsMostlyChanged(Pid pid, const Parent& parent, const ParentBase& base, bool asked_for) {
-  constexpr uint64_t kSamples = 128;
+bool IsMostlyChanged(const PageSource& now, const DeltaWriter& writer, const LayerBase& base,
+                     bool asked_for) {
   constexpr uint64_t kUnnoticed = uint64_t{4} << 20;
   constexpr uint64_t kEnough = uint64_t{64} << 20;  // less is copied in no time
   if (base.pages.data.value < (asked_for ? kEnough : kUnnoticed)) return false;
-  uint64_t changed = 0;
-  auto run = base.pages.all.begin();
-  uint64_t before = 0;  // bytes in the runs before `run`
-  for (uint64_t i = 0; i < kSamples; ++i) {
-    const uint64_t at = AlignDown(base.pages.data.value / kSamples * i, kPageSize);
-    while (at - before >= run->range.size().value) before += (run++)->range.size().value;
-    const Vaddr page = run->range.begin + Bytes(at - before);
-    std::array<std::byte, kPageSize> now;
-    std::array<std::byte, kPageSize> then;
-    if (!ReadMemory(pid, page, now)) return false;
-    if (!parent.Read(base, {page, page + Bytes(kPageSize)}, then)) return false;
-    if (now != then) ++changed;
-  }
-  if (!asked_for) return base.pages.data.value / kSamples * changed > kUnnoticed;
-  return changed * 4 > kSamples;
+  const double changed = writer.SampleChanged(base, now);
+  if (!asked_for) return changed * static_cast<double>(base.pages.data.value) > kUnnoticed;
+  return changed > 0.25;
 }
 
 }  // namespace
@@ -77,6 +61,24 @@ Result<Pid> PageRouter::FindTask(uint32_t vpid) {
   return found->second;
 }
 
+// What the task had in the parent checkpoint; else, of a forked child, what its parent has.
+Result<std::optional<LayerBase>> PageRouter::FindBase(uint32_t vpid, Pid pid, const VmaInfo& vma) {
+  std::optional<LayerBase> base;
+  if (options_.parent != nullptr) base = options_.parent->Find(vpid, vma);
+  const PageSource now = [&](Vaddr at, std::span<std::byte> page) {
+    return ReadMemory(pid, at, page).has_value();
+  };
+  if (base && !IsMostlyChanged(now, *writer_, *base, options_.parent_asked_for)) return base;
+  base.reset();
+  const auto info = ReadProcess(pid);
+  const auto owner = std::ranges::find_if(
+      pids_, [&](const auto& entry) { return info && entry.second == info->parent; });
+  if (owner == pids_.end() || !tasks_.contains(owner->first)) return base;
+  UNMOOR_ASSIGN(base, writer_->FindShared(owner->first, vma.range));
+  if (base && !writer_->IsMostlyShared(*base, vma.anonymous, now)) base.reset();
+  return base;
+}
+
 Result<> PageRouter::OpenTask(uint32_t vpid) {
   UNMOOR_TRY(FaultPoint("dump.open"));
   UNMOOR_ASSIGN(const Pid pid, FindTask(vpid));
@@ -87,7 +89,7 @@ Result<> PageRouter::OpenTask(uint32_t vpid) {
     return MachineError("process {} maps {} at {} again; 'unmoor wait -t {}', then dump once more",
                         pid.value, image->name, image->range, pid.value);
   }
-  RoutedTask task{pid, PlanTask(vmas, options_.plan), {}, {}, {}};
+  RoutedTask task{pid, PlanTask(vmas, options_.plan), {}};
   UNMOOR_ASSIGN(const Fd pagemap, OpenFile(fmt::format("/proc/{}/pagemap", pid.value), O_RDONLY));
   for (PlannedVma& item : task.plan) {
     if (!item.mapped || !HasGuardPages(pagemap.get(), item.vma.range)) continue;
@@ -95,23 +97,19 @@ Result<> PageRouter::OpenTask(uint32_t vpid) {
     item.why = "has guard pages";
   }
   task.saved.resize(task.plan.size());
-  task.bases.resize(task.plan.size());
-  for (size_t i = 0; options_.parent != nullptr && i < task.plan.size(); ++i) {
-    if (!task.plan[i].mapped) continue;
-    task.bases[i] = options_.parent->Find(vpid, task.plan[i].vma);
-    if (task.bases[i] && IsMostlyChanged(pid, *options_.parent, *task.bases[i], options_.parent_asked_for)) {
-      task.bases[i].reset();
-    }
+  if (!writer_) {
+    writer_.emplace(options_.layers_directory, options_.layer_id,
+                    options_.parent != nullptr ? std::span(options_.parent->layers())
+                                               : std::span<const LayerReader>(),
+                    pids_.size() > 1);
   }
-  const std::vector<VaddrRange> mapped = MappedRanges(task.plan);
-  if (!mapped.empty()) {
-    if (!writer_) {
-      UNMOOR_ASSIGN(writer_, LayerWriter::Create(
-                                 options_.layers_directory, options_.layer_id, WriteBack::kLater,
-                                 options_.parent != nullptr ? ZeroPages::kKeep : ZeroPages::kHole));
-    }
-    UNMOOR_TRY(writer_->AddTask(vpid, mapped));
+  std::vector<DeltaVma> mapped;
+  for (const PlannedVma& item : task.plan) {
+    if (!item.mapped) continue;
+    UNMOOR_ASSIGN(auto base, FindBase(vpid, pid, item.vma));
+    mapped.push_back({item.vma.range, std::move(base)});
   }
+  UNMOOR_TRY(writer_->AddTask(vpid, std::move(mapped)));
   cursor_ = 0;
   if (!tasks_.emplace(vpid, std::move(task)).second) {
     return MachineError("CRIU sends the pages of task {} twice", vpid);
@@ -145,69 +143,17 @@ Result<> PageRouter::RoutePages(criu::PageStreamId id, Vaddr at, uint32_t flags,
       return MachineError("CRIU sends a page at {} of task {}, where it has no memory", at, vpid);
     }
     const PlannedVma& item = task.plan[cursor_];
-    UNMOOR_TRY(HideVanished(vpid, task, at));
     const uint64_t room = std::min<uint64_t>((item.vma.range.end - at).value, data.size());
     const auto part = data.first(room);
     if (item.mapped) {
-      UNMOOR_TRY(WriteToLayer(vpid, task, cursor_, at, part));
+      UNMOOR_TRY(writer_->Write(vpid, at, part));
     } else {
       UNMOOR_TRY(page_images_.Pages(id, at, flags, part));
     }
     task.saved[cursor_] += Bytes(room);
     data = data.subspan(room);
     at = at + Bytes(room);
-    task.settled = at;
   }
-  return {};
-}
-
-// Without a base a page is compared with zeros: in a delta's layer zeros count as pages.
-Result<> PageRouter::WriteToLayer(uint32_t vpid, const RoutedTask& task, size_t vma, Vaddr at,
-                                  std::span<const std::byte> data) {
-  if (options_.parent == nullptr) return writer_->Write(vpid, at, data);
-  parent_bytes_.resize(kChunk);
-  while (!data.empty()) {
-    const auto part = data.first(std::min<size_t>(data.size(), kChunk));
-    const auto old = std::span(parent_bytes_).first(part.size());
-    if (task.bases[vma]) {
-      UNMOOR_TRY(options_.parent->Read(*task.bases[vma], {at, at + Bytes(part.size())}, old));
-    } else {
-      std::memset(old.data(), 0, old.size());
-    }
-    const auto same = [&](size_t i) { return std::memcmp(&part[i], &old[i], kPageSize) == 0; };
-    for (size_t i = 0; i < part.size();) {
-      const bool skip = same(i);
-      size_t end = i + kPageSize;
-      while (end < part.size() && same(end) == skip) end += kPageSize;
-      if (!skip) UNMOOR_TRY(writer_->Write(vpid, at + Bytes(i), part.subspan(i, end - i)));
-      i = end;
-    }
-    data = data.subspan(part.size());
-    at = at + Bytes(part.size());
-  }
-  return {};
-}
-
-Result<> PageRouter::HideVanished(uint32_t vpid, RoutedTask& task, Vaddr end) {
-  static const std::vector<std::byte> zeros(kChunk);
-  const auto first = std::ranges::partition_point(
-      task.plan, [&](const PlannedVma& item) { return item.vma.range.end <= task.settled; });
-  for (auto i = static_cast<size_t>(first - task.plan.begin()); i < task.plan.size(); ++i) {
-    if (task.plan[i].vma.range.begin >= end) break;
-    if (!task.bases[i]) continue;
-    const auto& runs = task.bases[i]->pages.all;
-    auto run = std::ranges::partition_point(
-        runs, [&](const OverlayRun& r) { return r.range.end <= task.settled; });
-    for (; run != runs.end() && run->range.begin < end; ++run) {
-      const VaddrRange hidden = run->range.Intersect({task.settled, end});
-      for (Vaddr at = hidden.begin; at < hidden.end;) {
-        const uint64_t size = std::min<uint64_t>((hidden.end - at).value, kChunk);
-        UNMOOR_TRY(WriteToLayer(vpid, task, i, at, std::span(zeros).first(size)));
-        at = at + Bytes(size);
-      }
-    }
-  }
-  task.settled = std::max(task.settled, end);
   return {};
 }
 
@@ -226,7 +172,6 @@ Result<> PageRouter::Finish() {
     if (page_images_.HasEntries(page.id)) continue;
     UNMOOR_TRY(page_images_.Pages(page.id, page.at, page.flags, page.data));
   }
-  for (auto& [vpid, task] : tasks_) UNMOOR_TRY(HideVanished(vpid, task, Vaddr(kAddressLimit)));
   UNMOOR_TRY(page_images_.Finish(options_.sync));
   if (writer_) {
     UNMOOR_ASSIGN(layer_, writer_->Finish(options_.sync));

@@ -5,10 +5,8 @@
 // pagemap and pages images in CRIU's format. Close() makes everything durable when asked to, and
 // only then does CRIU get its answer.
 //
-// With a parent (parent.h) the layer is a delta: of a VMA that stands on the parent's layers only
-// pages that differ from them are written, and pages the parent shows but CRIU does not send
-// (given back, never touched again) are written as pages of zeros, so that none of the parent's
-// bytes can show through.
+// With a parent (parent.h), and of forked children, the layer holds differences only
+// (delta_writer.h): what a VMA stands on is decided here, while its task is frozen.
 //
 // Used by the thread of criu::PageServer::Run; read by others only after Run has returned. The
 // first failure is kept: it, not CRIU's complaint about it, is what the user should read.
@@ -24,7 +22,7 @@
 #include "checkpoint/plan.h"
 #include "criu/page_images.h"
 #include "criu/page_server.h"
-#include "image/layer_writer.h"
+#include "image/delta_writer.h"
 
 namespace unmoor {
 
@@ -32,9 +30,7 @@ namespace unmoor {
 struct RoutedTask {
   Pid pid;
   std::vector<PlannedVma> plan;
-  std::vector<Bytes> saved;                      // of each VMA of the plan: bytes of pages received
-  std::vector<std::optional<ParentBase>> bases;  // of each VMA: what it stands on
-  Vaddr settled;  // the parent's pages below it have been received or hidden
+  std::vector<Bytes> saved;  // of each VMA of the plan: bytes of pages received
 };
 
 class PageRouter : public criu::PageSink {
@@ -47,7 +43,7 @@ class PageRouter : public criu::PageSink {
     bool sync = true;  // Close() returns when all is on disk
     CheckpointPlanOptions plan;
     const Parent* parent = nullptr;
-    bool parent_asked_for = false;  // rather than found
+    bool parent_asked_for = false;        // rather than found
     std::function<void(Bytes)> progress;  // bytes received so far; now and then
   };
   explicit PageRouter(Options options)
@@ -63,24 +59,26 @@ class PageRouter : public criu::PageSink {
   [[nodiscard]] const std::map<uint32_t, RoutedTask>& tasks() const { return tasks_; }
   // Nothing when no VMA was worth mapping.
   [[nodiscard]] const std::optional<LayerInfo>& layer() const { return layer_; }
+  // Where the pages of the mapped VMAs are; REQUIRES a layer.
+  [[nodiscard]] Result<> DescribeLayers(Manifest& manifest, const std::string& directory) const {
+    return writer_->Describe(manifest, *layer_, directory);
+  }
   [[nodiscard]] Bytes criu_bytes() const { return page_images_.written(); }
 
  private:
   [[nodiscard]] Result<Pid> FindTask(uint32_t vpid);
   [[nodiscard]] Result<> OpenTask(uint32_t vpid);
+  [[nodiscard]] Result<std::optional<LayerBase>> FindBase(uint32_t vpid, Pid pid,
+                                                          const VmaInfo& vma);
   [[nodiscard]] Result<> RoutePages(criu::PageStreamId id, Vaddr at, uint32_t flags,
                                     std::span<const std::byte> data);
-  [[nodiscard]] Result<> WriteToLayer(uint32_t vpid, const RoutedTask& task, size_t vma, Vaddr at,
-                                      std::span<const std::byte> data);
-  // Hides the pages the parent shows below `end` and that have not come.
-  [[nodiscard]] Result<> HideVanished(uint32_t vpid, RoutedTask& task, Vaddr end);
   [[nodiscard]] Result<> Finish();
   Result<> Keep(Result<> result);
 
   Options options_;
   criu::PageImageWriter page_images_;
-  std::optional<LayerWriter> writer_;
-  std::map<uint32_t, Pid> pids_;  // virtual to ours; filled at the first Open
+  std::optional<DeltaWriter> writer_;  // once the tree is known
+  std::map<uint32_t, Pid> pids_;       // virtual to ours; filled at the first Open
   std::map<uint32_t, RoutedTask> tasks_;
   size_t cursor_ = 0;  // VMA of the open task where the last page was
   struct FirstPage {
@@ -90,7 +88,6 @@ class PageRouter : public criu::PageSink {
     std::vector<std::byte> data;
   };
   std::vector<FirstPage> first_pages_;
-  std::vector<std::byte> parent_bytes_;
   std::optional<LayerInfo> layer_;
   std::optional<Error> first_error_;
   Bytes received_;

@@ -11,24 +11,18 @@
 
 #include <memory>
 #include <optional>
-#include <span>
 #include <string>
 #include <vector>
 
 #include "base/result.h"
 #include "base/units.h"
+#include "image/delta_writer.h"
 #include "image/layer_reader.h"
 #include "image/manifest.h"
 #include "image/overlay.h"
 #include "os/procfs.h"
 
 namespace unmoor {
-
-// What a VMA stands on.
-struct ParentBase {
-  ManifestVma vma;  // in the parent's numbering of layers; the range is the new one's
-  VmaPages pages;   // what these layers show in that range
-};
 
 class Parent {
  public:
@@ -40,10 +34,7 @@ class Parent {
   [[nodiscard]] const std::vector<LayerReader>& layers() const { return layers_; }
 
   // Nothing: the VMA is to be written in full.
-  [[nodiscard]] std::optional<ParentBase> Find(uint32_t vpid, const VmaInfo& vma) const;
-  // The pages of `range` as `base` shows them.
-  [[nodiscard]] Result<> Read(const ParentBase& base, VaddrRange range,
-                              std::span<std::byte> to) const;
+  [[nodiscard]] std::optional<LayerBase> Find(uint32_t vpid, const VmaInfo& vma) const;
 
  private:
   Parent() = default;

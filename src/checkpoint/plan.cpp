@@ -46,12 +46,4 @@ std::vector<PlannedVma> PlanTask(std::span<const VmaInfo> vmas,
   return plan;
 }
 
-std::vector<VaddrRange> MappedRanges(std::span<const PlannedVma> plan) {
-  std::vector<VaddrRange> ranges;
-  for (const PlannedVma& item : plan) {
-    if (item.mapped) ranges.push_back(item.vma.range);
-  }
-  return ranges;
-}
-
 }  // namespace unmoor

@@ -33,7 +33,4 @@ struct PlannedVma {
 [[nodiscard]] std::vector<PlannedVma> PlanTask(std::span<const VmaInfo> vmas,
                                                const CheckpointPlanOptions& options);
 
-// The mapped ranges of a plan, ascending.
-[[nodiscard]] std::vector<VaddrRange> MappedRanges(std::span<const PlannedVma> plan);
-
 }  // namespace unmoor

@@ -189,6 +189,13 @@ class BufferRing {
     free_.push_back(buffer);
     freed_.notify_one();
   }
+  // Receiver: until all that was submitted is written.
+  [[nodiscard]] Result<> AwaitIdle() {
+    std::unique_lock lock(mutex_);
+    freed_.wait(lock, [&] { return free_.size() == kBufferCount || error_; });
+    if (error_) return Failure(*error_);
+    return {};
+  }
 
   [[nodiscard]] Result<> status() {
     const std::lock_guard lock(mutex_);
@@ -361,6 +368,20 @@ class LayerWriter::Impl {
     return {};
   }
 
+  [[nodiscard]] int pages_fd() const { return pages_.get(); }
+
+  [[nodiscard]] Result<LayerInfo> Snapshot() {
+    if (current_ != nullptr) Submit();
+    UNMOOR_TRY(ring_.AwaitIdle());
+    // Pages of zeros at its end belong to segments, too.
+    UNMOOR_TRY(Truncate(pages_.get(), layout_.file_size(), pages_path_));
+    LayerInfo info;
+    info.id = id_;
+    info.file_size = layout_.file_size();
+    CollectTables(info);
+    return info;
+  }
+
   [[nodiscard]] Result<LayerInfo> Finish(bool sync) {
     if (current_ != nullptr) Submit();
     StopThread(false);
@@ -517,6 +538,14 @@ Result<std::span<std::byte>> LayerWriter::Reserve(uint32_t task_vpid, Vaddr at, 
 
 Result<> LayerWriter::Commit(Bytes n) {
   return impl_->Commit(n);
+}
+
+Result<LayerInfo> LayerWriter::Snapshot() {
+  return impl_->Snapshot();
+}
+
+int LayerWriter::pages_fd() const {
+  return impl_->pages_fd();
 }
 
 Result<LayerInfo> LayerWriter::Finish(bool sync) {

@@ -60,6 +60,11 @@ class LayerWriter {
   [[nodiscard]] Result<std::span<std::byte>> Reserve(uint32_t task_vpid, Vaddr at, Bytes want);
   [[nodiscard]] Result<> Commit(Bytes n);
 
+  // What has been written so far, as Finish will tell it, but for checksums; waits for the writing.
+  // From then on pages_fd() can be read.
+  [[nodiscard]] Result<LayerInfo> Snapshot();
+  [[nodiscard]] int pages_fd() const;
+
   // Waits for the writing, writes the index. With `sync` both files are durable on return (fsync);
   // without, Publisher::Publish makes them so: for dumps that leave the program running, whose
   // frozen time must not hold a disk flush. Called once, nothing else after it.

@@ -157,6 +157,7 @@ Json ToJson(const Manifest& manifest) {
                {"layers", std::move(layers)},
                {"totals", ToJson(manifest.Totals())}};
   if (manifest.kind != ImageKind::kProcess) json["kind"] = ImageKindName(manifest.kind);
+  if (manifest.written) json["written_bytes"] = manifest.written->value;
   if (manifest.user_data) {
     json["user_data"] = {{"bytes", manifest.user_data->size.value},
                          {"xxh3", fmt::format("{:016x}", manifest.user_data->hash)}};
@@ -207,13 +208,15 @@ ManifestDelta ReadPlace(ObjectReader& object, const Manifest& manifest, VaddrRan
 
 void ReadDeltas(ParseContext& context, ObjectReader& object, const Manifest& manifest,
                 ManifestVma& vma) {
-  std::set<uint32_t> layers = {vma.layer};
+  // A layer may come twice: what a child shares with its parent, and its own.
+  std::set<std::pair<uint32_t, FileOffset>> places = {{vma.layer, vma.offset}};
   for (const auto& element : object.Array("deltas", kMaxDeltas)) {
     if (!context.ok()) return;
     ObjectReader delta(context, element,
                        fmt::format("{}[{}]", object.Path("deltas"), vma.deltas.size()));
     vma.deltas.push_back(ReadPlace(delta, manifest, vma.range));
-    if (!layers.insert(vma.deltas.back().layer).second) delta.Fail("layer", "came before");
+    const ManifestDelta& last = vma.deltas.back();
+    if (!places.insert({last.layer, last.offset}).second) delta.Fail("offset", "came before");
     delta.Close();
   }
   if (vma.deltas.empty()) object.Fail("deltas", "is empty");
@@ -325,6 +328,9 @@ void ReadOptionalMembers(ParseContext& context, ObjectReader& object, Manifest& 
     if (!kind) object.Fail("kind", "is not one this format knows");
     manifest.kind = kind.value_or(ImageKind::kProcess);
   }
+  if (object.Has("written_bytes")) {
+    manifest.written = Bytes(object.Number("written_bytes", kNoLimit));
+  }
   if (object.Has("user_data")) {
     ObjectReader data(context, object.Member("user_data"), "user_data");
     manifest.user_data.emplace();
@@ -411,8 +417,8 @@ Failure NotAnImage(const std::string& dir) {
   if (names->empty()) return UserError("{} is empty; it holds no checkpoint", dir);
   if (Exists(dir + "/inventory.img")) {
     return UserError(
-        "{} is a stock CRIU image directory; restore it with criu restore, or `unmoor import` (not "
-        "yet available)",
+        "{} is a stock CRIU image directory; 'unmoor import' makes an image of ours of it, and "
+        "'unmoor restore' restores it",
         dir);
   }
   if (Exists(CriuDirectory(dir))) {

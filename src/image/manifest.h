@@ -88,6 +88,8 @@ struct Manifest {
   ImageKind kind = ImageKind::kProcess;
   std::string checkpoint_id;  // NewId()
   std::optional<std::string> parent_id;
+  std::optional<Bytes>
+      written;    // pages in the layer that the dump wrote, however often flattened since
   Nanos created;  // since 1970, UTC
   std::string tool_version;
   std::string criu_version;

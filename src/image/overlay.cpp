@@ -42,14 +42,13 @@ Bytes Sum(const std::vector<OverlayRun>& runs) {
 Overlay::Overlay(std::span<const LayerInfo* const> layers, std::string directory)
     : layers_(layers.begin(), layers.end()), directory_(std::move(directory)) {}
 
-const Extent* Overlay::FindExtent(uint32_t vpid, VaddrRange range, uint32_t layer,
-                                  FileOffset offset) const {
+const Extent* Overlay::FindExtent(VaddrRange range, uint32_t layer, FileOffset offset) const {
   if (layer >= layers_.size()) return nullptr;
   const std::vector<Extent>& all = layers_[layer]->extents;
   const auto found = std::ranges::partition_point(
       all, [&](const Extent& e) { return e.file_range().end <= offset; });
   const FileOffset end = offset + range.size();
-  if (found == all.end() || found->offset >= end || found->task_vpid != vpid) return nullptr;
+  if (found == all.end() || found->offset >= end) return nullptr;
   if (std::next(found) != all.end() && std::next(found)->offset < end) return nullptr;
   // Both differences wrap alike where the extent begins above the range.
   if (found->offset - offset != found->range.begin - range.begin) return nullptr;
@@ -58,7 +57,7 @@ const Extent* Overlay::FindExtent(uint32_t vpid, VaddrRange range, uint32_t laye
 
 Result<std::vector<OverlayRun>> Overlay::Segments(uint32_t vpid, VaddrRange range, uint32_t layer,
                                                   FileOffset offset) const {
-  if (FindExtent(vpid, range, layer, offset) == nullptr) {
+  if (FindExtent(range, layer, offset) == nullptr) {
     return UserError(
         "{}: manifest and index of layer {} differ about {} of task {}; the directory is damaged, "
         "restore it from a copy",
@@ -75,8 +74,8 @@ Result<std::vector<OverlayRun>> Overlay::Segments(uint32_t vpid, VaddrRange rang
   return runs;
 }
 
-bool Overlay::GrowsIntoZeros(uint32_t vpid, const ManifestVma& vma) const {
-  const Extent* const extent = FindExtent(vpid, vma.range, vma.layer, vma.offset);
+bool Overlay::GrowsIntoZeros(const ManifestVma& vma) const {
+  const Extent* const extent = FindExtent(vma.range, vma.layer, vma.offset);
   if (extent == nullptr) return false;
   const LayerInfo& layer = *layers_[vma.layer];
   const FileOffset end = vma.offset + vma.range.size();
@@ -88,8 +87,7 @@ bool Overlay::GrowsIntoZeros(uint32_t vpid, const ManifestVma& vma) const {
   return segment == layer.segments.end() || segment->offset >= next;
 }
 
-std::optional<ManifestVma> Overlay::Reach(uint32_t vpid, const ManifestVma& vma,
-                                          VaddrRange range) const {
+std::optional<ManifestVma> Overlay::Reach(const ManifestVma& vma, VaddrRange range) const {
   ManifestVma reached = vma;
   reached.range = range;
   // Wraps below zero where there is no room; FindExtent then finds nothing.
@@ -98,11 +96,11 @@ std::optional<ManifestVma> Overlay::Reach(uint32_t vpid, const ManifestVma& vma,
     offset = offset + distance;
     const uint64_t size = layers_[layer]->file_size.value;
     return offset.value <= size && range.size().value <= size - offset.value &&
-           FindExtent(vpid, range, layer, offset) != nullptr;
+           FindExtent(range, layer, offset) != nullptr;
   };
   bool fits = move(reached.layer, reached.offset);
   for (ManifestDelta& delta : reached.deltas) fits = fits && move(delta.layer, delta.offset);
-  if (!fits || !GrowsIntoZeros(vpid, reached)) return std::nullopt;
+  if (!fits || !GrowsIntoZeros(reached)) return std::nullopt;
   return reached;
 }
 

@@ -1,9 +1,9 @@
 // Overlay: which layer holds which page of a VMA that has deltas.
 //
 // Pure: from the manifest and the layers' tables. Also the place where both are held against each
-// other: in each layer it names, a VMA's place in the file touches one extent only, of the same
-// task and at the same distance as the addresses. It may reach beyond that extent into the gaps
-// around it, which read zero.
+// other: in each layer it names, a VMA's place in the file touches one extent only, at the same
+// distance as the addresses (of another task where forked memory is shared). It may reach beyond
+// that extent into the gaps around it, which read zero.
 // Document: docs/format.md, "Deltas".
 #pragma once
 
@@ -48,18 +48,16 @@ class Overlay {
 
   // Whether a program that maps the VMA's own layer and then grows the VMA finds zeros: what the
   // layer has behind it is none of a VMA that was longer once, nor of its neighbour.
-  [[nodiscard]] bool GrowsIntoZeros(uint32_t vpid, const ManifestVma& vma) const;
+  [[nodiscard]] bool GrowsIntoZeros(const ManifestVma& vma) const;
 
   // The same layers for a VMA that has become another range (grown, cut, moved bounds); nothing
   // when one of them has no room for it, or the VMA could not grow into zeros.
-  [[nodiscard]] std::optional<ManifestVma> Reach(uint32_t vpid, const ManifestVma& vma,
-                                                 VaddrRange range) const;
+  [[nodiscard]] std::optional<ManifestVma> Reach(const ManifestVma& vma, VaddrRange range) const;
 
  private:
   // The one extent that `range` touches when its first page is at `offset`; null: none, or not
   // where it should be.
-  [[nodiscard]] const Extent* FindExtent(uint32_t vpid, VaddrRange range, uint32_t layer,
-                                         FileOffset offset) const;
+  [[nodiscard]] const Extent* FindExtent(VaddrRange range, uint32_t layer, FileOffset offset) const;
   // The segments of `layer` inside `range`, whose first page is at `offset`.
   [[nodiscard]] Result<std::vector<OverlayRun>> Segments(uint32_t vpid, VaddrRange range,
                                                          uint32_t layer, FileOffset offset) const;

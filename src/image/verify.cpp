@@ -307,19 +307,19 @@ std::vector<DamagePlace> PlacesOf(FileRange bytes, const LayerIndex& index, uint
     DamagePlace place{extent->task_vpid, {}, extent->range, {}, addresses};
     const size_t before = places.size();
     for (const ManifestTask& task : tasks) {
-      if (task.vpid != extent->task_vpid) continue;
-      place.task = task.comm;
       for (const ManifestVma& vma : task.vmas) {
-        const bool uses =
-            vma.kind == VmaKind::kMapped && vma.range.Overlaps(addresses) &&
-            (vma.layer == layer || std::ranges::any_of(vma.deltas, [&](const ManifestDelta& d) {
-               return d.layer == layer;
-             }));
-        if (!uses) continue;
-        place.vma = vma.range;
-        place.vma_name = vma.name;
-        place.addresses = vma.range.Intersect(addresses);
-        places.push_back(place);
+        // Forked tasks share extents; a layer may be there twice.
+        const auto uses = [&](uint32_t its_layer, FileOffset offset) {
+          return its_layer == layer && FileRange{offset, offset + vma.range.size()}.Overlaps(part);
+        };
+        if (vma.kind != VmaKind::kMapped || !vma.range.Overlaps(addresses)) continue;
+        if (!uses(vma.layer, vma.offset) &&
+            std::ranges::none_of(vma.deltas,
+                                 [&](const ManifestDelta& d) { return uses(d.layer, d.offset); })) {
+          continue;
+        }
+        places.push_back(
+            {task.vpid, task.comm, vma.range, vma.name, vma.range.Intersect(addresses)});
       }
     }
     if (places.size() == before) places.push_back(place);

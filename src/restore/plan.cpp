@@ -41,7 +41,7 @@ Result<RestorePlan> PlanRestore(const Manifest& manifest, std::span<const LayerI
                          vma.layer, layers.size());
       }
       UNMOOR_ASSIGN(const VmaPages pages, overlay.Resolve(task.vpid, vma));
-      if (!overlay.GrowsIntoZeros(task.vpid, vma)) {
+      if (!overlay.GrowsIntoZeros(vma)) {
         return UserError(
             "{}: {} of task {} would grow into other pages of layer {}; the directory is damaged, "
             "restore it from a copy",

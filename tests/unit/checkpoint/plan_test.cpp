@@ -86,15 +86,5 @@ TEST(CheckpointPlan, SharedAndFileMemoryStaysWithCriu) {
   }
 }
 
-TEST(CheckpointPlan, MappedRangesKeepTheirOrder) {
-  const std::vector<VmaInfo> vmas = {Anonymous(0x10000000, kMiB, kMiB),
-                                     Anonymous(0x20000000, kMiB, 0),
-                                     Anonymous(0x30000000, kMiB, kMiB)};
-  const auto ranges = MappedRanges(PlanTask(vmas, {}));
-  ASSERT_EQ(ranges.size(), 2u);
-  EXPECT_EQ(ranges[0], vmas[0].range);
-  EXPECT_EQ(ranges[1], vmas[2].range);
-}
-
 }  // namespace
 }  // namespace unmoor

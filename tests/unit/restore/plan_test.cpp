@@ -123,7 +123,8 @@ TEST(RestorePlan, ManifestAndIndexMustAgree) {
   EXPECT_THAT(message(elsewhere), HasSubstr("differ"));
   Checkpoint other_task = OneMappedVma();
   other_task.layers[0].extents[0].task_vpid = 8;
-  EXPECT_THAT(message(other_task), HasSubstr("differ"));
+  // A child's VMA may lie over its parent's extent.
+  EXPECT_TRUE(PlanRestore(other_task.manifest, other_task.layers, "/image"));
   Checkpoint no_such_layer = OneMappedVma();
   no_such_layer.manifest.tasks[0].vmas[0].layer = 3;
   EXPECT_THAT(message(no_such_layer), HasSubstr("names layer 3"));
