@@ -86,13 +86,14 @@ Result<std::vector<std::string>> ImagesIn(const std::string& place) {
   return images;
 }
 
-// Layers that `parent`, when given, does not have.
+// As the manifest says; else layers that `parent`, when given, does not have.
 Bytes WrittenIn(const Manifest& manifest, const Manifest* parent) {
   std::set<std::string> known;
   if (parent != nullptr) {
     for (const ManifestLayer& layer : parent->layers) known.insert(layer.id);
   }
   Bytes sum = manifest.Totals().criu_data;
+  if (manifest.written) return sum + *manifest.written;
   for (const ManifestLayer& layer : manifest.layers) {
     if (!known.contains(layer.id)) sum += layer.data;
   }
@@ -217,6 +218,7 @@ Result<GarbageReport> CollectGarbage(const std::string& store, bool dry_run) {
   const auto collect = [&](const std::vector<Garbage>& items) -> Result<> {
     for (const Garbage& item : items) {
       links.Add(item.path);
+      UNMOOR_TRY(FaultPoint("gc.before_remove"));
       if (!dry_run) UNMOOR_TRY(RemoveTree(item.path));
       report.items.push_back(item);
     }

@@ -10,12 +10,10 @@
 #include "criu/page_images.h"
 #include "criu/page_runs.h"
 #include "image/directory_lock.h"
-#include "image/layer_reader.h"
 #include "image/layout.h"
-#include "image/manifest.h"
-#include "image/overlay.h"
 #include "image/publisher.h"
 #include "os/file.h"
+#include "store/stored_image.h"
 
 namespace unmoor {
 namespace {
@@ -34,37 +32,27 @@ class Exporter {
  private:
   [[nodiscard]] Result<> Open();
   [[nodiscard]] Result<> ExportStream(criu::PageStreamId id, criu::PageImageWriter& writer);
-  [[nodiscard]] Result<std::vector<criu::PageRun>> LayerRuns(const ManifestTask& task) const;
   [[nodiscard]] Result<> Write(criu::PageStreamId id, const criu::PageRun& run,
                                criu::PageImageWriter& writer);
   void Tell(Bytes more);
 
   const ExportOptions& options_;
   DirectoryLock lock_;
-  std::string directory_;
-  Manifest manifest_;
-  std::vector<LayerReader> layers_;
-  std::optional<Overlay> overlay_;
+  std::optional<StoredImage> image_;
   ExportReport report_;
   Bytes total_;
 };
 
 Result<> Exporter::Open() {
   UNMOOR_ASSIGN(lock_, DirectoryLock::Take(options_.directory, LockUse::kRead));
-  UNMOOR_ASSIGN(manifest_, ReadManifest(options_.directory));
-  UNMOOR_ASSIGN(directory_, RealPath(options_.directory));
-  if (manifest_.kind != ImageKind::kProcess) {
-    return UserError("{} is an image of memory, not of a process; criu cannot use it", directory_);
+  UNMOOR_ASSIGN(StoredImage image, StoredImage::Open(options_.directory));
+  image_.emplace(std::move(image));
+  if (image_->manifest().kind != ImageKind::kProcess) {
+    return UserError("{} is an image of memory, not of a process; criu cannot use it",
+                     image_->directory());
   }
-  for (const ManifestLayer& entry : manifest_.layers) {
-    UNMOOR_ASSIGN(LayerReader reader, LayerReader::Open(directory_, entry));
-    UNMOOR_TRY(reader.LoadHashes());
-    layers_.push_back(std::move(reader));
-  }
-  std::vector<const LayerInfo*> infos;
-  for (const LayerReader& layer : layers_) infos.push_back(&layer.info());
-  overlay_.emplace(infos, directory_);
-  for (const ManifestTask& task : manifest_.tasks) {
+  UNMOOR_TRY(image_->LoadHashes());
+  for (const ManifestTask& task : image_->manifest().tasks) {
     for (const ManifestVma& vma : task.vmas) total_ += vma.data;
   }
   return {};
@@ -73,22 +61,6 @@ Result<> Exporter::Open() {
 void Exporter::Tell(Bytes more) {
   report_.pages += more;
   if (options_.progress) options_.progress(report_.pages, std::max(total_, report_.pages));
-}
-
-Result<std::vector<criu::PageRun>> Exporter::LayerRuns(const ManifestTask& task) const {
-  std::vector<criu::PageRun> runs;
-  for (const ManifestVma& vma : task.vmas) {
-    if (vma.kind != VmaKind::kMapped) continue;
-    UNMOOR_ASSIGN(const VmaPages pages, overlay_->Resolve(task.vpid, vma));
-    for (const OverlayRun& run : pages.all) {
-      const LayerReader& layer = layers_[run.layer];
-      UNMOOR_TRY(layer.VerifyBlocks({run.offset, run.offset + run.range.size()}));
-      runs.push_back({{run.range, criu::kPagePresent, run.offset},
-                      layer.pages_fd().get(),
-                      &layer.pages_path()});
-    }
-  }
-  return runs;
 }
 
 Result<> Exporter::Write(criu::PageStreamId id, const criu::PageRun& run,
@@ -106,7 +78,7 @@ Result<> Exporter::Write(criu::PageStreamId id, const criu::PageRun& run,
 }
 
 Result<> Exporter::ExportStream(criu::PageStreamId id, criu::PageImageWriter& writer) {
-  const std::string criu_directory = CriuDirectory(directory_);
+  const std::string criu_directory = CriuDirectory(image_->directory());
   UNMOOR_ASSIGN(const criu::Pagemap pagemap, criu::ReadPagemap(criu_directory, id));
   const std::string pages_path = criu_directory + "/" + criu::PagesName(pagemap.pages_id);
   Fd pages;
@@ -116,11 +88,12 @@ Result<> Exporter::ExportStream(criu::PageStreamId id, criu::PageImageWriter& wr
   std::vector<criu::PageRun> runs = criu::RunsOf(pagemap, pages.get(), pages_path);
   if (id.kind == criu::StreamKind::kTask) {
     ++report_.tasks;
-    for (const ManifestTask& task : manifest_.tasks) {
+    for (const ManifestTask& task : image_->manifest().tasks) {
       if (task.vpid != id.id) continue;
-      UNMOOR_ASSIGN(const std::vector<criu::PageRun> layer, LayerRuns(task));
+      UNMOOR_ASSIGN(const std::vector<OverlayRun> layer, image_->LayerPages(task));
+      for (const OverlayRun& run : layer) UNMOOR_TRY(image_->VerifyRun(run));
       // CRIU's first: where all of a task's pages are in layers, one is in both.
-      runs = criu::MergeRuns(layer, runs);
+      runs = criu::MergeRuns(image_->ToPageRuns(layer), runs);
     }
   }
   UNMOOR_TRY(writer.Open(id));
@@ -134,7 +107,7 @@ Result<ExportReport> Exporter::Run() {
     return UserError("{} is not empty; give a new directory", options_.out);
   }
   UNMOOR_ASSIGN(Publisher publisher, Publisher::Begin(options_.out));
-  const std::string criu_directory = CriuDirectory(directory_);
+  const std::string criu_directory = CriuDirectory(image_->directory());
   UNMOOR_ASSIGN(const std::vector<std::string> names, ListDirectory(criu_directory));
   criu::PageImageWriter writer(publisher.path());
   for (const std::string& name : names) {

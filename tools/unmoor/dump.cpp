@@ -1,4 +1,5 @@
 // `unmoor dump`.
+#include <charconv>
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -7,6 +8,7 @@
 #include "checkpoint/checkpoint.h"
 #include "command.h"
 #include "progress.h"
+#include "store/flatten.h"
 
 namespace unmoor::cli {
 namespace {
@@ -21,6 +23,7 @@ struct DumpArguments {
   bool leave_running = false;
   bool dry_run = false;
   bool verbose = false;
+  std::string flatten_after = "32";
   bool json = false;
 };
 
@@ -69,7 +72,7 @@ int PrintDryRun(const CheckpointOptions& options, bool json) {
   return kExitSuccess;
 }
 
-void PrintReport(const CheckpointReport& report, bool json) {
+void PrintReport(const CheckpointReport& report, bool flattened, bool json) {
   const ManifestTotals totals = report.manifest.Totals();
   if (json) {
     PrintJson({{"directory", report.directory},
@@ -83,6 +86,7 @@ void PrintReport(const CheckpointReport& report, bool json) {
                {"criu_bytes", totals.criu_data.value},
                {"allocated_bytes", report.allocated.value},
                {"remapped_first", report.remapped_first},
+               {"flattened", flattened},
                {"frozen_ns", report.frozen.value},
                {"elapsed_ns", report.elapsed.value}});
     return;
@@ -98,6 +102,31 @@ void PrintReport(const CheckpointReport& report, bool json) {
       totals.tasks == 1 ? "" : "es", report.directory, layers, HumanBytes(totals.criu_data),
       HumanBytes(report.allocated), HumanTime(report.elapsed), frozen);
   Print(line);
+  if (flattened) Print(fmt::format("flattened {}: the chain had become long\n", report.directory));
+}
+
+// More layers than this; nothing: never.
+Result<std::optional<size_t>> ParseFlattenAfter(const std::string& text) {
+  if (text == "never") return std::optional<size_t>();
+  size_t layers = 0;
+  const char* const end = text.data() + text.size();
+  const auto parsed = std::from_chars(text.data(), end, layers);
+  if (parsed.ec != std::errc() || parsed.ptr != end || layers == 0) {
+    return UserError("--flatten-after is a number of layers, or 'never', not '{}'", text);
+  }
+  return std::optional<size_t>(layers);
+}
+
+// The checkpoint is safe by now, and the program ended or running: failing costs a warning.
+bool FlattenIfLong(const std::string& directory, size_t most_layers, bool json) {
+  const auto chain = MeasureChain(directory);
+  if (!chain || !IsWorthFlattening(*chain, most_layers)) return false;
+  ProgressBar bar("flatten", json);
+  const auto flat =
+      Flatten({directory, {}, [&](Bytes done, Bytes total) { bar.Show(done, total); }});
+  bar.Clear();
+  if (!flat) spdlog::warn("{}; {} stays a chain", flat.error().message(), directory);
+  return flat.has_value();
 }
 
 int RunDump(const DumpArguments& arguments, const Invocation& invocation) {
@@ -118,6 +147,8 @@ int RunDump(const DumpArguments& arguments, const Invocation& invocation) {
     if (!timeout) return Report(timeout.error(), arguments.json);
     options.remap_timeout = *timeout;
   }
+  const auto flatten_after = ParseFlattenAfter(arguments.flatten_after);
+  if (!flatten_after) return Report(flatten_after.error(), arguments.json);
   if (arguments.verbose) InitLogging(2);
   if (arguments.dry_run) return PrintDryRun(options, arguments.json);
   if (options.directory.empty()) {
@@ -139,7 +170,9 @@ int RunDump(const DumpArguments& arguments, const Invocation& invocation) {
   remapping.Clear();
   dumping.Clear();
   if (!report) return Report(report.error(), arguments.json);
-  PrintReport(*report, arguments.json);
+  const bool flattened =
+      *flatten_after && FlattenIfLong(report->directory, **flatten_after, arguments.json);
+  PrintReport(*report, flattened, arguments.json);
   return kExitSuccess;
 }
 
@@ -159,6 +192,10 @@ Action ConfigureDump(CLI::App& app) {
                      "Write only what differs from that checkpoint (default: the image the program "
                      "came from)")
           ->option_text("DIR");
+  app.add_option("--flatten-after", arguments->flatten_after,
+                 "Merge DIR's layers into one when they are more than N (default 32), or more of "
+                 "them is hidden than used")
+      ->option_text("N|never");
   app.add_flag("--full", arguments->full, "Write everything")->excludes(parent);
   app.add_option("--timeout", arguments->timeout,
                  "How long to wait for a pending remap (default: as long as it takes)")

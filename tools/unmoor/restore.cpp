@@ -1,5 +1,6 @@
 // `unmoor restore`.
 #include "restore/restore.h"
+#include "store/import.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -81,10 +82,34 @@ void PrintReport(const RestoreReport& report) {
   PrintJson(object);
 }
 
+// A plain CRIU directory is imported beside itself first, or was.
+Result<> ImportStock(RestoreOptions& options, bool json) {
+  if (!IsStockCriuDirectory(options.directory)) return {};
+  ProgressBar bar("import", json);
+  UNMOOR_ASSIGN(const ImportedBeside imported,
+                ImportBeside({options.directory, {}, UNMOOR_VERSION, [&](Bytes done, Bytes total) {
+                                bar.Show(done, total);
+                              }}));
+  bar.Clear();
+  if (imported.fresh) {
+    spdlog::warn(
+        "{} is a plain CRIU directory, whose pages cannot be mapped where they are; it was "
+        "imported into {}, which later restores of it use",
+        options.directory, imported.directory);
+  } else {
+    spdlog::info("{} was imported into {} before", options.directory, imported.directory);
+  }
+  options.directory = imported.directory;
+  return {};
+}
+
 int RunRestore(const RestoreArguments& arguments, const Invocation& invocation) {
   if (arguments.verbose) InitLogging(2);
-  const auto options = ToOptions(arguments, invocation);
+  auto options = ToOptions(arguments, invocation);
   if (!options) return Report(options.error(), arguments.json);
+  if (const auto imported = ImportStock(*options, arguments.json); !imported) {
+    return Report(imported.error(), arguments.json);
+  }
   ProgressBar bar("remap", arguments.json);
   RestoreObserver observer;
   observer.remapping = [&](Pid, const RemapReport& report) {
