@@ -6,6 +6,8 @@
 
 #include <cerrno>
 
+#include "os/file_hook.h"
+
 namespace unmoor {
 
 void Fd::Reset(int fd) {
@@ -34,6 +36,9 @@ Result<Mapping> Mapping::OfFile(int fd, uint64_t offset, size_t size) {
 }
 
 Result<Mapping> Mapping::Anonymous(size_t size) {
+  if (const int failure = BeforeFileCall("mmap", -1, {}); failure != 0) {
+    return SystemError(failure, "cannot allocate memory");
+  }
   void* data = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) return SystemError(errno, "cannot allocate memory");
   return Mapping(static_cast<std::byte*>(data), size);

@@ -14,6 +14,8 @@
 #include <cstdlib>
 #include <memory>
 
+#include "os/file_hook.h"
+
 namespace unmoor {
 namespace {
 
@@ -21,7 +23,15 @@ Failure FileError(int errnum, const char* verb, const std::string& path) {
   return SystemError(errnum, fmt::format("cannot {} {}", verb, path));
 }
 
+// The hook's errno in errno; false: it lets the call through.
+bool FailsByHook(const char* name, int fd, const std::string& path) {
+  const int failure = BeforeFileCall(name, fd, path);
+  if (failure != 0) errno = failure;
+  return failure != 0;
+}
+
 Result<> RemoveAt(int directory, const char* name, const std::string& path, int depth) {
+  if (FailsByHook("unlink", directory, path)) return FileError(errno, "remove", path);
   if (::unlinkat(directory, name, 0) == 0 || errno == ENOENT) return {};
   if (errno != EISDIR && errno != EPERM) return FileError(errno, "remove", path);
   if (depth > 32) return MachineError("cannot remove {}: nested too deeply", path);
@@ -47,7 +57,10 @@ Result<Fd> OpenFile(const std::string& path, int flags, mode_t mode) {
 }
 
 Result<Fd> OpenFileAt(int directory, const std::string& name, int flags, mode_t mode) {
-  Fd fd(::openat(directory, name.c_str(), flags | O_CLOEXEC, mode));
+  Fd fd;
+  if (!FailsByHook("open", directory, name)) {
+    fd.Reset(::openat(directory, name.c_str(), flags | O_CLOEXEC, mode));
+  }
   if (!fd.valid()) return FileError(errno, (flags & O_CREAT) != 0 ? "create" : "open", name);
   return fd;
 }
@@ -55,6 +68,7 @@ Result<Fd> OpenFileAt(int directory, const std::string& name, int flags, mode_t 
 Result<> ReadExactlyAt(int fd, std::span<std::byte> data, FileOffset offset,
                        const std::string& name) {
   while (!data.empty()) {
+    if (FailsByHook("pread", fd, name)) return FileError(errno, "read", name);
     const ssize_t n = ::pread(fd, data.data(), data.size(), static_cast<off_t>(offset.value));
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) return FileError(errno, "read", name);
@@ -71,6 +85,7 @@ Result<> ReadExactlyAt(int fd, std::span<std::byte> data, FileOffset offset,
 Result<> WriteExactlyAt(int fd, std::span<const std::byte> data, FileOffset offset,
                         const std::string& name) {
   while (!data.empty()) {
+    if (FailsByHook("pwrite", fd, name)) return FileError(errno, "write", name);
     const ssize_t n = ::pwrite(fd, data.data(), data.size(), static_cast<off_t>(offset.value));
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) return FileError(errno, "write", name);
@@ -83,6 +98,7 @@ Result<> WriteExactlyAt(int fd, std::span<const std::byte> data, FileOffset offs
 Result<size_t> ReadStream(int fd, std::span<std::byte> data, const std::string& name) {
   size_t done = 0;
   while (done < data.size()) {
+    if (FailsByHook("read", fd, name)) return FileError(errno, "read from", name);
     const ssize_t n = ::read(fd, data.data() + done, data.size() - done);
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) return FileError(errno, "read from", name);
@@ -94,6 +110,7 @@ Result<size_t> ReadStream(int fd, std::span<std::byte> data, const std::string& 
 
 Result<> WriteStream(int fd, std::span<const std::byte> data, const std::string& name) {
   while (!data.empty()) {
+    if (FailsByHook("write", fd, name)) return FileError(errno, "write to", name);
     const ssize_t n = ::write(fd, data.data(), data.size());
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) return FileError(errno, "write to", name);
@@ -155,7 +172,9 @@ Result<> CopyFile(const std::string& from, const std::string& to) {
 
 Result<> LinkOrCopyFile(int fd, const std::string& to) {
   const std::string from = fmt::format("/proc/self/fd/{}", fd);
-  if (::linkat(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), AT_SYMLINK_FOLLOW) == 0) return {};
+  const bool linked = !FailsByHook("link", fd, to) && ::linkat(AT_FDCWD, from.c_str(), AT_FDCWD,
+                                                               to.c_str(), AT_SYMLINK_FOLLOW) == 0;
+  if (linked) return {};
   // EXDEV, EPERM (protected_hardlinks), EMLINK, ENOENT (it has no name any more): all the same.
   if (errno == EEXIST) return FileError(errno, "create", to);
   return CopyOpenFile(fd, from, to);
@@ -163,13 +182,15 @@ Result<> LinkOrCopyFile(int fd, const std::string& to) {
 
 Result<struct stat> Stat(const std::string& path) {
   struct stat info {};
-  if (::stat(path.c_str(), &info) != 0) return FileError(errno, "look at", path);
+  if (FailsByHook("stat", -1, path) || ::stat(path.c_str(), &info) != 0)
+    return FileError(errno, "look at", path);
   return info;
 }
 
 Result<struct stat> StatFd(int fd, const std::string& name) {
   struct stat info {};
-  if (::fstat(fd, &info) != 0) return FileError(errno, "look at", name);
+  if (FailsByHook("fstat", fd, name) || ::fstat(fd, &info) != 0)
+    return FileError(errno, "look at", name);
   return info;
 }
 
@@ -184,6 +205,7 @@ Result<bool> IsTmpfs(const std::string& path) {
 }
 
 Result<std::vector<std::string>> ListDirectory(const std::string& path) {
+  if (FailsByHook("opendir", -1, path)) return FileError(errno, "list", path);
   const std::unique_ptr<DIR, int (*)(DIR*)> stream(::opendir(path.c_str()), ::closedir);
   if (!stream) return FileError(errno, "list", path);
   std::vector<std::string> names;
@@ -196,19 +218,21 @@ Result<std::vector<std::string>> ListDirectory(const std::string& path) {
 }
 
 Result<> MakeDirectory(const std::string& path, mode_t mode) {
-  if (::mkdir(path.c_str(), mode) != 0) return FileError(errno, "create directory", path);
+  if (FailsByHook("mkdir", -1, path) || ::mkdir(path.c_str(), mode) != 0)
+    return FileError(errno, "create directory", path);
   return {};
 }
 
 Result<> HardLink(const std::string& from, const std::string& to) {
-  if (::link(from.c_str(), to.c_str()) != 0) {
+  if (FailsByHook("link", -1, to) || ::link(from.c_str(), to.c_str()) != 0) {
     return SystemError(errno, fmt::format("cannot link {} as {}", from, to));
   }
   return {};
 }
 
 Result<> SymbolicLink(const std::string& target, const std::string& path) {
-  if (::symlink(target.c_str(), path.c_str()) != 0) return FileError(errno, "create link", path);
+  if (FailsByHook("symlink", -1, path) || ::symlink(target.c_str(), path.c_str()) != 0)
+    return FileError(errno, "create link", path);
   return {};
 }
 
@@ -221,21 +245,23 @@ Result<std::string> ReadLink(const std::string& path) {
 }
 
 Result<> Rename(const std::string& from, const std::string& to) {
-  if (::rename(from.c_str(), to.c_str()) != 0) {
+  if (FailsByHook("rename", -1, to) || ::rename(from.c_str(), to.c_str()) != 0) {
     return SystemError(errno, fmt::format("cannot rename {} to {}", from, to));
   }
   return {};
 }
 
 Result<> RenameExchange(const std::string& a, const std::string& b) {
-  if (::renameat2(AT_FDCWD, a.c_str(), AT_FDCWD, b.c_str(), RENAME_EXCHANGE) != 0) {
+  if (FailsByHook("exchange", -1, b) ||
+      ::renameat2(AT_FDCWD, a.c_str(), AT_FDCWD, b.c_str(), RENAME_EXCHANGE) != 0) {
     return SystemError(errno, fmt::format("cannot exchange {} and {}", a, b));
   }
   return {};
 }
 
 Result<> RemoveFile(const std::string& path) {
-  if (::unlink(path.c_str()) != 0) return FileError(errno, "remove", path);
+  if (FailsByHook("unlink", -1, path) || ::unlink(path.c_str()) != 0)
+    return FileError(errno, "remove", path);
   return {};
 }
 
@@ -244,12 +270,14 @@ Result<> RemoveTree(const std::string& path) {
 }
 
 Result<> Truncate(int fd, Bytes size, const std::string& name) {
-  if (::ftruncate(fd, static_cast<off_t>(size.value)) != 0) return FileError(errno, "resize", name);
+  if (FailsByHook("ftruncate", fd, name) || ::ftruncate(fd, static_cast<off_t>(size.value)) != 0)
+    return FileError(errno, "resize", name);
   return {};
 }
 
 Result<> SyncFd(int fd, const std::string& name) {
-  if (::fsync(fd) != 0) return FileError(errno, "write to disk (fsync)", name);
+  if (FailsByHook("fsync", fd, name) || ::fsync(fd) != 0)
+    return FileError(errno, "write to disk (fsync)", name);
   return {};
 }
 
@@ -265,11 +293,13 @@ void StartWriteback(int fd, FileOffset offset, Bytes length) {
 
 Result<std::string> MakeTemporaryDirectory(const std::string& parent, const std::string& prefix) {
   std::string path = parent + "/" + prefix + "XXXXXX";
-  if (::mkdtemp(path.data()) == nullptr) return FileError(errno, "create directory", path);
+  if (FailsByHook("mkdtemp", -1, path) || ::mkdtemp(path.data()) == nullptr)
+    return FileError(errno, "create directory", path);
   return path;
 }
 
 Result<std::string> RealPath(const std::string& path) {
+  if (FailsByHook("realpath", -1, path)) return FileError(errno, "resolve", path);
   const std::unique_ptr<char, void (*)(void*)> real(::realpath(path.c_str(), nullptr), ::free);
   if (!real) return FileError(errno, "resolve", path);
   return std::string(real.get());
@@ -279,6 +309,7 @@ Result<std::vector<FileRange>> DataRanges(int fd, FileRange range, const std::st
   std::vector<FileRange> ranges;
   FileOffset at = range.begin;
   while (at < range.end) {
+    if (FailsByHook("lseek", fd, name)) return FileError(errno, "find data in", name);
     const off_t data = ::lseek(fd, static_cast<off_t>(at.value), SEEK_DATA);
     if (data < 0 && errno == ENXIO) break;
     if (data < 0) return FileError(errno, "find data in", name);

@@ -184,6 +184,8 @@ def file_instead_of_directory(story):
 
 
 def stock_criu_directory(story):
+    """Commands for images of ours say what it is and what to do; restore takes it (interchange.py), but
+    not one that is damaged."""
     folder = story.path("stock")
     os.mkdir(folder)
     churn = story.start("churn", "--mib", 16)
@@ -191,7 +193,13 @@ def stock_criu_directory(story):
     if story.popen([CRIU, "dump", "-t", str(churn.pid), "-D", folder, "-o", "dump.log"]).wait() != 0:
         raise Skip("stock criu cannot dump here")
     churn.await_gone()
-    refuse(story, folder, "criu", folder)
+    for command in ("show", "verify", "flatten"):
+        outcome = story.unmoor(command, *(["-D"] if command == "show" else []), folder, expect=USER_MISTAKE)
+        one_line(outcome, folder, "unmoor import")
+    os.truncate(os.path.join(folder, "pages-1.img"), 4096)
+    refuse(story, folder, "pages-1.img")
+    nothing_partial(story, "stock.unmoor-import")
+    demand(not os.path.exists(folder + ".unmoor-import"), "nothing was imported")
 
 
 def manifest_path(image):

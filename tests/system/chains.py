@@ -389,7 +389,53 @@ def other_file_system(story):
     program.await_gone()
 
 
+def layers_of(story, image):
+    return len(story.unmoor("show", "-D", image, "--json").json()["layers"])
+
+
+def flatten_of_a_mapped_chain(story):
+    """A chain is flattened while a program maps its layers; and by a dump, once it is long."""
+    program = Scripted(story)
+    program.do("areas['a'] = Area(8); areas['a'].fill(0, 2048, 1)")
+    first, _ = dump(story, program, "first", "-R")
+    program.do("areas['a'].fill(10, 20, 2); areas['a'].drop(100, 200)")
+    second, _ = dump(story, program, "second", "--prev-images-dir", first)
+    program.await_gone()
+    story.await_no_orphan()
+    shutil.rmtree(first)
+    story.restore(program, second, "--remap", "off")
+    program.do()
+    demand(layers_of(story, second) > 1, "it is a chain")
+    story.unmoor("flatten", second)
+    demand(layers_of(story, second) == 1, "it is none any more")
+    again = story.unmoor("flatten", second, "--json").json()
+    demand(again["was_flat"] and again["written_bytes"] == 0, f"nothing is left to do: {again}")
+    program.do("areas['a'].drop(30, 40)")
+    story.unmoor("remap", "-t", program.pid)
+    program.do("areas['a'].fill(300, 310, 3)")
+    # Its parent is the flat one: the same checkpoint.
+    third, report = dump(story, program, "third")
+    demand(report["parent"] == second and not report["flattened"], f"a delta: {report}")
+    program.await_gone()
+    story.await_no_orphan()
+    story.restore(program, third)
+    story.wait_ready(program)
+    program.do("areas['a'].fill(500, 510, 4)")
+    fourth, report = dump(story, program, "fourth", "--flatten-after", "2")
+    demand(report["flattened"] and layers_of(story, fourth) == 1, f"flattened by itself: {report}")
+    for image in (third, fourth):
+        story.unmoor("verify", image)
+    program.await_gone()
+    story.await_no_orphan()
+    story.restore(program, fourth)
+    program.do()
+    story.wait_ready(program)
+    shares = [g["dirty_share"] for g in story.unmoor("log", story.folder, "--json").json()["generations"]]
+    demand(max(shares[-2:]) < 0.5, f"log tells what the dumps wrote: {shares}")
+
+
 if __name__ == "__main__":
     main({f.__name__: f for f in (
         six_generations, bytes_follow_what_changed, redis_generations, tree_generations, vanished_pages,
-        changed_vmas, forks, parent_must_be_usable, other_file_system)})
+        changed_vmas, forks, parent_must_be_usable, other_file_system,
+        flatten_of_a_mapped_chain)})

@@ -1,0 +1,176 @@
+#!/usr/bin/env -S python3 -B
+"""Every named fault point of the commands that write: unmoor is killed there as by kill -9, and then the
+old or the new image is there whole, a program that was left running goes on, and the next command
+removes what was left."""
+import os
+import re
+import shutil
+import signal
+
+from harness import SOURCE, demand, exists, main, poll, reap
+from store import verify
+
+KILLED = -signal.SIGKILL
+PUBLISH = ("publish.before_sync", "publish.before_rename", "publish.after_rename")
+POINTS = {
+    "dump": ("dump.link", "dump.open", "dump.pages", "dump.close", "layer.write", "layer.before_sync", *PUBLISH),
+    "flatten": ("layer.write", "layer.before_sync", "flatten.pages_written", "flatten.before_publish", *PUBLISH),
+    "import": ("layer.write", "layer.before_sync", "import.pages_written", *PUBLISH),
+    "export": PUBLISH,
+    "rm": ("rm.after_rename",),
+    "gc": ("gc.before_remove",),
+    "restore": ("restore.before_criu", "restore.before_agent"),
+}
+ELSEWHERE = {  # killed at by the tests named
+    "local.before_swap": "tests/unit/remap_local/damage_test.cpp",
+    "remap.before_swap": "tests/unit/agent/faults_test.cpp",
+    "repair.before_rename": "tests/system/store.py, repair: written beside and renamed, as all is",
+}
+
+
+def points_in_the_source():
+    found = set()
+    for folder, _, names in os.walk(os.path.join(SOURCE, "src")):
+        for name in names:
+            with open(os.path.join(folder, name), errors="replace") as file:
+                found |= set(re.findall(r'FaultPoint\("([a-z_.]+)"\)', file.read()))
+    return found
+
+
+def entries(folder):
+    return sorted(os.listdir(folder))
+
+
+class Bench:
+    """A churn that runs, an image of it with a delta, and the folder all of it is in."""
+
+    def __init__(self, story):
+        self.story = story
+        self.store = story.path("store")
+        os.mkdir(self.store)
+        self.churn = story.start("churn", "--mib", 8, "--threads", 1)
+        self.churn.await_progress()
+        first = os.path.join(self.store, "first")
+        self.image = os.path.join(self.store, "image")
+        story.unmoor("dump", "-t", self.churn.pid, "-D", first, "-R")
+        self.churn.await_progress(amount=200)
+        story.unmoor("dump", "-t", self.churn.pid, "-D", self.image, "-R", "--prev-images-dir", first)
+        story.unmoor("rm", first)
+
+    def killed(self, point, *words):
+        outcome = self.story.unmoor(*words, expect=None, environment={"UNMOOR_FAULT": f"{point}:kill"})
+        demand(outcome.code == KILLED, f"{words[0]} passes {point}: {outcome}")
+
+    def clean(self, *more):
+        demand(entries(self.store) == sorted(["image", *more]), f"left over: {entries(self.store)}")
+        verify(self.story, self.image)
+
+
+def dump(bench, point):
+    words = ("dump", "-t", bench.churn.pid, "-D", bench.image, "-R", "--prev-images-dir", bench.image)
+    bench.killed(point, *words)
+    verify(bench.story, bench.image)
+    bench.churn.await_progress("goes on after unmoor was killed")
+    # criu, left alone, may not have let go of the program yet.
+    poll(lambda: bench.story.unmoor(*words, expect=None).code == 0, "the next dump works", 60, 0.2)
+    bench.clean()
+
+
+def flatten(bench, point):
+    bench.churn.await_progress(amount=200)
+    bench.story.unmoor("dump", "-t", bench.churn.pid, "-D", bench.image, "-R", "--prev-images-dir", bench.image)
+    bench.killed(point, "flatten", bench.image)
+    verify(bench.story, bench.image)
+    bench.story.unmoor("flatten", bench.image)
+    bench.clean()
+
+
+def criu_directory(bench):
+    folder = bench.story.path("stock")
+    if not os.path.exists(folder):
+        bench.story.unmoor("export", bench.image, folder)
+    return folder
+
+
+def import_(bench, point):
+    out = os.path.join(bench.store, "imported")
+    bench.killed(point, "import", criu_directory(bench), out)
+    if os.path.exists(out):
+        demand(point == "publish.after_rename", "it appears complete")
+        verify(bench.story, out)
+        bench.story.unmoor("gc", bench.store)
+    else:
+        bench.story.unmoor("import", criu_directory(bench), out)
+        verify(bench.story, out)
+    bench.clean("imported")
+    bench.story.unmoor("rm", out)
+
+
+def export(bench, point):
+    out = os.path.join(bench.store, "plain")
+    bench.killed(point, "export", bench.image, out)
+    if not os.path.exists(out):
+        bench.story.unmoor("export", bench.image, out)
+    bench.clean("plain")
+    demand(entries(out) == entries(criu_directory(bench)), "all of it is there")
+    shutil.rmtree(out)
+
+
+def copy(bench):
+    out = os.path.join(bench.store, "copy")
+    bench.story.unmoor("flatten", bench.image, out)
+    return out
+
+
+def rm(bench, point):
+    bench.killed(point, "rm", copy(bench))
+    bench.story.unmoor("gc", bench.store)
+    bench.clean()
+
+
+def gc(bench, point):
+    os.rename(copy(bench), os.path.join(bench.store, "copy.partial-AbC123"))
+    bench.killed(point, "gc", bench.store)
+    bench.story.unmoor("gc", bench.store)
+    bench.clean()
+
+
+def restore(bench, point):
+    churn = bench.churn
+    if exists(churn.pid):
+        os.kill(churn.pid, signal.SIGKILL)
+        churn.await_gone()
+    bench.killed(point, "restore", "-D", bench.image, "-d")
+
+    def ended():
+        # What criu had made already is stopped, and the user's to end.
+        for pid in bench.story.marked("churn"):
+            os.kill(pid, signal.SIGKILL)
+        reap(churn.pid)
+        return not exists(churn.pid)
+    poll(ended, "the pid is free again")
+    bench.story.restore(churn, bench.image)
+    bench.story.wait_ready(churn)
+    churn.await_progress("works")
+    bench.clean()
+
+
+def every_fault_point(story):
+    known = set(ELSEWHERE).union(*POINTS.values())
+    found = points_in_the_source()
+    demand(known <= found, f"points that are gone: {known - found}")
+    strangers = {p for p in found - known if p.split(".")[0] in ("layer", "publish", *POINTS)}
+    demand(not strangers, f"points that nobody kills at: {strangers}")
+    story.say(f"points of other tests: {sorted(found - set().union(*POINTS.values()))}")
+    bench = Bench(story)
+    for command, points in POINTS.items():
+        function = {"import": import_}.get(command) or globals()[command]
+        for point in points:
+            function(bench, point)
+        story.say(f"{command}: killed at {', '.join(points)}")
+    bench.churn.await_sweep()
+    bench.churn.end()
+
+
+if __name__ == "__main__":
+    main({"every_fault_point": every_fault_point})
