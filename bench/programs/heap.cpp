@@ -1,6 +1,7 @@
 // A program with a touched heap, to be dumped, restored and remapped by bench/run.
 //
 // With --threads 0 it sleeps. SIGUSR1: verifies every byte it ever wrote and says so in its report.
+// SIGUSR2: writes anew as many pages in 1000, evenly spread, as the --dirty file says.
 // With N threads, each sweeps its share of the pages without pause; every page must hold what the
 // sweep before wrote there, then is written anew. A page that does not ends the program, and the
 // report tells. How many pages were written in each millisecond, and every gap above 0.1 ms, is in
@@ -34,15 +35,17 @@ struct Options {
   unsigned threads = 0;
   const char* report = nullptr;
   const char* timeline = nullptr;
+  const char* dirty = nullptr;
 };
 
 struct Heap {
   uint64_t* words = nullptr;
   size_t pages = 0;
+  std::vector<uint8_t> generations;  // of each page; the sleeping program's only
 };
 
 [[noreturn]] void Usage() {
-  std::fputs("usage: bench_heap --report FILE [--mib N] [--threads N --timeline FILE]\n", stderr);
+  std::fputs("usage: bench_heap --report FILE [--mib N] [--dirty FILE] [--threads N --timeline FILE]\n", stderr);
   std::exit(2);
 }
 
@@ -57,6 +60,8 @@ Options Parse(int argc, char** argv) {
       options.threads = static_cast<unsigned>(std::strtoul(value, nullptr, 10));
     } else if (name == "--report") {
       options.report = value;
+    } else if (name == "--dirty") {
+      options.dirty = value;
     } else if (name == "--timeline") {
       options.timeline = value;
     } else {
@@ -91,6 +96,7 @@ Heap MakeHeap(size_t mib) {
   if (memory == MAP_FAILED) report::Fail("no memory: %s", std::strerror(errno));
   heap.words = static_cast<uint64_t*>(memory);
   heap.pages = (mib << 20) / kPage;
+  heap.generations.resize(heap.pages);
   for (size_t i = 0; i < heap.pages * kWords; ++i) heap.words[i] = Word(i, 0);
   return heap;
 }
@@ -158,25 +164,46 @@ class Sweeper {
 
 void Verify(const Heap& heap) {
   for (size_t i = 0; i < heap.pages * kWords; ++i) {
-    if (heap.words[i] != Word(i, 0)) {
+    const uint64_t expected = Word(i, heap.generations[i / kWords]);
+    if (heap.words[i] != expected) {
       report::Fail("page %zu, word %zu: %016llx instead of %016llx", i / kWords, i % kWords,
                    static_cast<unsigned long long>(heap.words[i]),
-                   static_cast<unsigned long long>(Word(i, 0)));
+                   static_cast<unsigned long long>(expected));
     }
   }
 }
 
-[[noreturn]] void Serve(const Heap& heap, bool sleeping) {
-  sigset_t wanted;
-  sigemptyset(&wanted);
-  sigaddset(&wanted, SIGUSR1);
+void Dirty(Heap& heap, const char* path) {
+  unsigned thousandths = 0;
+  if (std::FILE* const file = std::fopen(path, "re"); file != nullptr) {
+    if (std::fscanf(file, "%u", &thousandths) != 1) thousandths = 0;
+    std::fclose(file);
+  }
+  for (size_t page = 0; page < heap.pages; ++page) {
+    // Spread: the multiples of 1000 / thousandths.
+    if ((page + 1) * thousandths / 1000 == page * thousandths / 1000) continue;
+    ++heap.generations[page];
+    for (size_t i = page * kWords; i < (page + 1) * kWords; ++i) {
+      heap.words[i] = Word(i, heap.generations[page]);
+    }
+  }
+}
+
+[[noreturn]] void Serve(Heap& heap, const Options& options, const sigset_t& wanted) {
+  int dirtied = 0;
   for (int verified = 0;;) {
-    char text[64];
-    std::snprintf(text, sizeof text, "\"ready\": true, \"verified\": %d", verified);
+    char text[96];
+    std::snprintf(text, sizeof text, "\"ready\": true, \"verified\": %d, \"dirtied\": %d", verified,
+                  dirtied);
     report::Write(text);
     int signal = 0;
     if (sigwait(&wanted, &signal) != 0) continue;
-    if (sleeping) Verify(heap);
+    if (signal == SIGUSR2) {
+      if (options.dirty != nullptr && options.threads == 0) Dirty(heap, options.dirty);
+      ++dirtied;
+      continue;
+    }
+    if (options.threads == 0) Verify(heap);
     ++verified;
   }
 }
@@ -186,14 +213,15 @@ void Run(const Options& options) {
   sigset_t wanted;
   sigemptyset(&wanted);
   sigaddset(&wanted, SIGUSR1);
+  sigaddset(&wanted, SIGUSR2);
   sigprocmask(SIG_BLOCK, &wanted, nullptr);
-  const Heap heap = MakeHeap(options.mib);
+  Heap heap = MakeHeap(options.mib);
   Timeline* timeline = OpenTimeline(options);
   std::vector<std::thread> threads;
   for (size_t t = 0; t < options.threads; ++t) {
     threads.emplace_back([&heap, timeline, t] { Sweeper(heap, *timeline, t).Run(); });
   }
-  Serve(heap, options.threads == 0);
+  Serve(heap, options, wanted);
 }
 
 }  // namespace
