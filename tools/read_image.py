@@ -7,13 +7,15 @@ that what is on disk stays readable without it; the tests hold the two against e
                                                 or stdout; what is in no image reads as zeros
   read_image.py verify DIR                      every checksum and hash
 
-Exit codes: 0, 2 when the directory is damaged or not an image. Needs Debian's python3-xxhash.
+Exit codes: 0, 2 when the directory is damaged or not an image. Needs Debian's python3-xxhash; for packed
+layers python3-lz4 or python3-zstandard, or the commands lz4 and zstd.
 """
 import bisect
 import json
 import os
 import re
 import struct
+import subprocess
 import sys
 
 import xxhash
@@ -22,6 +24,10 @@ PAGE = 4096
 BLOCK = 65536
 HUGE = 2 << 20
 HEADER = struct.Struct("<8sIIII16sQQQQQQQ24sQ")
+PACKED_HEADER = struct.Struct("<8sIIIi16sQQQQ48sQ")
+FRAME_HEAD = struct.Struct("<QIIQQ")
+TRAILER = struct.Struct("<QQ8sQ")
+LZ4, ZSTD = 1, 2
 PAGES_ARE_HERE, PAGES_ARE_IN_PARENT = 4, 1
 
 
@@ -38,12 +44,106 @@ def xxh3(data):
     return xxhash.xxh3_64_intdigest(data)
 
 
+def filtered(command, data):
+    return subprocess.run(command, input=data, stdout=subprocess.PIPE, check=True).stdout
+
+
+def expand_lz4(data, size):
+    """One LZ4 block."""
+    try:
+        import lz4.block
+        return lz4.block.decompress(data, uncompressed_size=size)
+    except ImportError:
+        # As a frame, which the command reads: no checksums, one block of at most 4 MiB, of known size.
+        descriptor = b"\x68\x70" + struct.pack("<Q", size)
+        check = xxhash.xxh32_intdigest(descriptor) >> 8 & 0xff
+        return filtered(["lz4", "-d", "-c"], struct.pack("<I", 0x184D2204) + descriptor + bytes([check]) +
+                        struct.pack("<I", len(data)) + data + bytes(4))
+
+
+def expand_zstd(data, size):
+    try:
+        import zstandard
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
+    except ImportError:
+        return filtered(["zstd", "-d", "-c"], data)
+
+
+class PackedPages:
+    """The pages of a packed layer, read as if they were a page image."""
+
+    def __init__(self, path, layer, identity, index_checksum):
+        self.path, self.cached = path, (None, b"")
+        self.file = os.open(path, os.O_RDONLY)
+        size = os.fstat(self.file).st_size
+        demand(size >= PACKED_HEADER.size + TRAILER.size, f"{path}: {size} bytes")
+        header = os.pread(self.file, PACKED_HEADER.size, 0)
+        (magic, version, header_size, self.codec, _, of_layer, of_index, pages_size, data_bytes, frames,
+         reserved, checksum) = PACKED_HEADER.unpack(header)
+        demand(magic == b"unmoorPK" and version == 1, f"{path}: not a packed layer")
+        demand(checksum == xxh3(header[:120]), f"{path}: the header does not match its checksum")
+        demand(header_size == 128 and reserved == bytes(48) and self.codec in (LZ4, ZSTD), f"{path}: bad header")
+        demand((of_layer, of_index, pages_size, data_bytes) ==
+               (identity, index_checksum, layer.size, layer.data_bytes), f"{path}: not the index's")
+        pieces = {}  # number: runs of pages, from the index
+        for begin, end in layer.segments:
+            while begin < end:
+                stop = min(end, (begin // HUGE + 1) * HUGE)
+                pieces.setdefault(begin // HUGE, []).append((begin, stop))
+                begin = stop
+        demand(frames == len(pieces), f"{path}: {frames} frames")
+        trailer = os.pread(self.file, TRAILER.size, size - TRAILER.size)
+        place, table_checksum, magic, checksum = TRAILER.unpack(trailer)
+        demand(magic == b"unmoorPE" and checksum == xxh3(trailer[:24]), f"{path}: bad trailer")
+        demand(place + FRAME_HEAD.size * frames + TRAILER.size == size, f"{path}: the table is misplaced")
+        table = os.pread(self.file, FRAME_HEAD.size * frames, place)
+        demand(xxh3(table) == table_checksum, f"{path}: the table is damaged")
+        self.frames, following = {}, PACKED_HEADER.size
+        for (number, runs), head in zip(pieces.items(), FRAME_HEAD.iter_unpack(table)):
+            content = sum(end - begin for begin, end in runs)
+            demand(head[:2] == (number, content) and 0 < head[2] <= content and head[4] == following,
+                   f"{path}: bad frame of piece {number}")
+            following += FRAME_HEAD.size + head[2]
+            self.frames[number] = head, runs
+        demand(following == place, f"{path}: the frames do not fill it")
+
+    def piece(self, number):
+        """2 MiB of pages."""
+        if self.cached[0] == number:
+            return self.cached[1]
+        image = bytearray(HUGE)
+        if number in self.frames:
+            head, runs = self.frames[number]
+            _, size, stored, checksum, place = head
+            data = os.pread(self.file, FRAME_HEAD.size + stored, place)
+            demand(data[:FRAME_HEAD.size] == FRAME_HEAD.pack(*head), f"{self.path}: head at {place} differs")
+            data = data[FRAME_HEAD.size:]
+            demand(xxh3(data) == checksum, f"{self.path}: frame at {place} is damaged")
+            if stored < size:
+                data = (expand_lz4 if self.codec == LZ4 else expand_zstd)(data, size)
+            demand(len(data) == size, f"{self.path}: frame at {place} has {len(data)} bytes")
+            at = 0
+            for begin, end in runs:
+                image[begin % HUGE:begin % HUGE + end - begin] = data[at:at + end - begin]
+                at += end - begin
+        self.cached = number, bytes(image)
+        return self.cached[1]
+
+    def read(self, size, offset):
+        parts = []
+        while size:
+            part = self.piece(offset // HUGE)[offset % HUGE:][:size]
+            parts.append(part)
+            size, offset = size - len(part), offset + len(part)
+        return b"".join(parts)
+
+
 class Layer:
     """One layer: its index, checked, and pages on demand."""
 
     def __init__(self, directory, entry):
         stem = os.path.join(directory, "layers", entry["id"])
-        self.index_path, self.pages_path = stem + ".index", stem + ".pages"
+        self.stem, self.index_path, self.pages_path = stem, stem + ".index", stem + ".pages"
         with open(self.index_path, "rb") as file:
             data = file.read()
         name = self.index_path
@@ -85,8 +185,13 @@ class Layer:
         demand(sum(e - b for b, e in self.segments) == self.data_bytes == entry["data_bytes"],
                f"{name}: data bytes do not add up")
         self.ends = [e for _, e in self.segments]
-        self.pages = os.open(self.pages_path, os.O_RDONLY)
-        demand(os.fstat(self.pages).st_size == self.size, f"{self.pages_path}: wrong size")
+        if os.path.exists(stem + ".packed") and not os.path.exists(self.pages_path):
+            self.pages, self.pages_path = None, stem + ".packed"
+            self.read = PackedPages(self.pages_path, self, identity, checksum).read
+        else:
+            self.pages = os.open(self.pages_path, os.O_RDONLY)
+            self.read = lambda size, offset: os.pread(self.pages, size, offset)
+            demand(os.fstat(self.pages).st_size == self.size, f"{self.pages_path}: wrong size")
 
     def blocks(self):
         """The blocks that segments touch, in the order of their hashes."""
@@ -101,8 +206,10 @@ class Layer:
         hashed = list(self.blocks())
         demand(len(hashed) == len(self.hashes), f"{self.index_path}: {len(self.hashes)} hashes")
         for block, expected in zip(hashed, self.hashes):
-            data = os.pread(self.pages, BLOCK, block * BLOCK)
+            data = self.read(BLOCK, block * BLOCK)
             demand(xxh3(data) == expected, f"{self.pages_path}: block at {block * BLOCK} is damaged")
+        if self.pages is None:
+            return
         known = set(hashed)
         at = 0
         while at < self.size:
@@ -128,7 +235,7 @@ class Layer:
             if begin >= end:
                 break
             begin, stop = max(begin, offset), min(stop, end)
-            memory[begin - offset:stop - offset] = os.pread(self.pages, stop - begin, begin)
+            memory[begin - offset:stop - offset] = self.read(stop - begin, begin)
 
 
 def read_manifest(directory):
@@ -236,7 +343,7 @@ def show(image):
     for task in image.tasks.values():
         print(f"task {task['vpid']} {task['comm']} {task['state']}")
         for vma in task["vmas"]:
-            places = " + ".join(f"{image.layers[p['layer']].pages_path[-38:-6]}@{p['offset']:x}"
+            places = " + ".join(f"{image.layers[p['layer']].stem[-32:]}@{p['offset']:x}"
                                 for p in image.places(vma))
             print(f"  {vma['begin']:x}-{vma['stop']:x} {vma['prot']} {vma['kind']} "
                   f"{vma['data_bytes']} {places or '-'} {vma['name']}".rstrip())
@@ -262,6 +369,7 @@ def main(words):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (Damaged, OSError, ValueError, KeyError, IndexError, TypeError, struct.error) as error:
+    except (Damaged, OSError, ValueError, KeyError, IndexError, TypeError, struct.error,
+            subprocess.CalledProcessError, RuntimeError) as error:
         print(f"read_image.py: {error or type(error).__name__}", file=sys.stderr)
         sys.exit(2)

@@ -17,6 +17,7 @@
 #include "criu/metadata.h"
 #include "criu/runner.h"
 #include "image/layout.h"
+#include "image/pack.h"
 #include "image/publisher.h"
 #include "os/file.h"
 #include "os/process_control.h"
@@ -133,6 +134,7 @@ class Dumper {
   [[nodiscard]] Result<Manifest> MakeManifest(const std::string& directory,
                                               const PageRouter& router) const;
   [[nodiscard]] Result<> Publish(Publisher& publisher, const PageRouter& router);
+  void Pack(const std::string& directory, const ManifestLayer& layer);
 
   const CheckpointOptions& options_;
   const CheckpointObserver& observer_;
@@ -382,6 +384,17 @@ Result<> RemoveUnusedLayers(const Manifest& manifest, const std::string& directo
   return {};
 }
 
+// Behind the dump, so that the program is not frozen for it. What cannot be packed is published as it
+// is: the program may be gone, and this all there is of it.
+void Dumper::Pack(const std::string& directory, const ManifestLayer& layer) {
+  const auto packed = PackLayerIn(directory, layer, *options_.compression, observer_.packing);
+  if (packed) {
+    report_.packed = *packed;
+  } else {
+    spdlog::warn("{}; the image is complete, but not packed", packed.error().message());
+  }
+}
+
 Result<> Dumper::Publish(Publisher& publisher, const PageRouter& router) {
   UNMOOR_ASSIGN(report_.manifest, MakeManifest(publisher.path(), router));
   UNMOOR_TRY(RemoveUnusedLayers(report_.manifest, publisher.path()));
@@ -389,6 +402,7 @@ Result<> Dumper::Publish(Publisher& publisher, const PageRouter& router) {
   for (const ManifestLayer& layer : report_.manifest.layers) {
     const bool fresh = router.layer() && layer.id == router.layer()->id;
     if (fresh) report_.written = layer.data;
+    if (fresh && options_.compression) Pack(publisher.path(), layer);
     if (!fresh) report_.parent = parent_->directory();
   }
   if (parent_ && !report_.parent) {
@@ -461,7 +475,10 @@ Result<CheckpointReport> Dumper::Run() {
   }
   report_.directory = publisher.target();
   report_.frozen = FrozenTime(CriuDirectory(report_.directory));
-  for (const ManifestLayer& layer : report_.manifest.layers) report_.allocated += layer.allocated;
+  for (const ManifestLayer& layer : report_.manifest.layers) {
+    const bool packed = report_.packed && IsPackedLayer(report_.directory, layer.id);
+    report_.allocated += packed ? *report_.packed : layer.allocated;
+  }
   report_.allocated += router.criu_bytes();
   report_.elapsed = MonotonicNow() - begin;
   if (options_.leave_running) {

@@ -20,6 +20,7 @@
 #include "base/result.h"
 #include "base/units.h"
 #include "checkpoint/plan.h"
+#include "image/compression.h"
 #include "image/manifest.h"
 
 namespace unmoor {
@@ -36,6 +37,7 @@ struct CheckpointOptions {
   std::optional<std::string> criu;
   std::vector<std::string> criu_arguments;
   std::string tool_version;
+  std::optional<Compression> compression;  // pack the new layer once the program has its end or runs on
   bool verbose = false;  // criu logs more and its log stays in the image directory
   CheckpointPlanOptions plan;
 };
@@ -46,6 +48,8 @@ struct CheckpointObserver {
   std::function<void(Pid, const RemapReport&)> remapping;
   // Bytes received of the expected ones (an estimate made before the dump).
   std::function<void(Bytes done, Bytes expected)> dumping;
+  // The new layer, after that.
+  std::function<void(Bytes done, Bytes total)> packing;
 };
 
 struct CheckpointReport {
@@ -57,6 +61,7 @@ struct CheckpointReport {
   bool remapped_first = false;
   std::optional<std::string> parent;  // of which layers are used; nothing: a full dump
   Bytes written;                      // pages in the new layer
+  std::optional<Bytes> packed;        // the new layer's bytes when packed
 };
 
 [[nodiscard]] Result<CheckpointReport> Dump(const CheckpointOptions& options,

@@ -8,6 +8,8 @@
 #include <cstring>
 #include <map>
 
+#include "base/little_endian.h"
+
 namespace unmoor::index_format {
 namespace {
 
@@ -17,18 +19,12 @@ constexpr size_t kHeaderChecksumAt = 120;
 
 template <class T>
 void Put(std::span<std::byte> bytes, size_t at, T value) {
-  for (size_t i = 0; i < sizeof(T); ++i) {
-    bytes[at + i] = static_cast<std::byte>((value >> (8 * i)) & 0xff);
-  }
+  PutLittleEndian(bytes, at, value);
 }
 
 template <class T>
 T Get(std::span<const std::byte> bytes, size_t at) {
-  T value = 0;
-  for (size_t i = 0; i < sizeof(T); ++i) {
-    value = static_cast<T>(value | static_cast<T>(bytes[at + i]) << (8 * i));
-  }
-  return value;
+  return GetLittleEndian<T>(bytes, at);
 }
 
 uint8_t HexDigit(char c) {
@@ -164,6 +160,20 @@ Result<> CheckSums(const Header& header, const Tables& tables, const std::string
 
 }  // namespace
 
+void PutId(std::span<std::byte> bytes, size_t at, const std::string& id) {
+  for (size_t i = 0; i < kLayerIdLength / 2; ++i) {
+    bytes[at + i] = static_cast<std::byte>(HexDigit(id[2 * i]) << 4 | HexDigit(id[2 * i + 1]));
+  }
+}
+
+std::string GetId(std::span<const std::byte> bytes, size_t at) {
+  std::string id;
+  for (size_t i = 0; i < kLayerIdLength / 2; ++i) {
+    id += fmt::format("{:02x}", static_cast<unsigned>(bytes[at + i]));
+  }
+  return id;
+}
+
 uint64_t Checksum(std::span<const std::byte> bytes) {
   return XXH3_64bits(bytes.data(), bytes.size());
 }
@@ -175,10 +185,7 @@ std::vector<std::byte> EncodeHeader(Header& header) {
   Put<uint32_t>(bytes, 12, kHeaderSize);
   Put<uint32_t>(bytes, 16, kPageSize);
   Put<uint32_t>(bytes, 20, kBlockSize);
-  for (size_t i = 0; i < kLayerIdLength / 2; ++i) {
-    bytes[24 + i] =
-        static_cast<std::byte>(HexDigit(header.id[2 * i]) << 4 | HexDigit(header.id[2 * i + 1]));
-  }
+  PutId(bytes, 24, header.id);
   Put(bytes, 40, header.pages_size);
   Put(bytes, 48, header.data_bytes);
   Put(bytes, 56, header.extent_count);
@@ -223,9 +230,7 @@ std::vector<std::byte> EncodeHashes(std::span<const uint64_t> hashes) {
 Result<Header> DecodeHeader(std::span<const std::byte> bytes, const std::string& name) {
   UNMOOR_TRY(CheckPreamble(bytes, name));
   Header header;
-  for (size_t i = 0; i < kLayerIdLength / 2; ++i) {
-    header.id += fmt::format("{:02x}", static_cast<unsigned>(bytes[24 + i]));
-  }
+  header.id = GetId(bytes, 24);
   header.pages_size = Get<uint64_t>(bytes, 40);
   header.data_bytes = Get<uint64_t>(bytes, 48);
   header.extent_count = Get<uint64_t>(bytes, 56);

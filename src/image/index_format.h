@@ -47,6 +47,10 @@ struct Tables {
   std::vector<Segment> segments;
 };
 
+// A layer id as its 16 bytes.
+void PutId(std::span<std::byte> bytes, size_t at, const std::string& id);
+[[nodiscard]] std::string GetId(std::span<const std::byte> bytes, size_t at);
+
 [[nodiscard]] uint64_t Checksum(std::span<const std::byte> bytes);
 
 // Sets header.header_checksum.

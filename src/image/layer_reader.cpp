@@ -88,6 +88,9 @@ Result<LayerReader> LayerReader::Open(const std::string& pages_path,
 
 Result<LayerReader> LayerReader::Open(const std::string& dir, const ManifestLayer& entry) {
   const std::string index_path = LayerIndexPath(dir, entry.id);
+  if (IsPackedLayer(dir, entry.id)) {
+    return UserError("{} is packed; run 'unmoor unpack {}' first", dir, dir);
+  }
   UNMOOR_ASSIGN(LayerReader reader, Open(LayerPagesPath(dir, entry.id), index_path));
   const LayerInfo& info = reader.info_;
   if (info.id != entry.id || info.index_checksum != entry.index_checksum ||

@@ -69,8 +69,15 @@ std::string LayersDirectory(const std::string& dir) {
 std::string LayerPagesPath(const std::string& dir, const std::string& id) {
   return LayersDirectory(dir) + "/" + id + ".pages";
 }
+std::string LayerPackedPath(const std::string& dir, const std::string& id) {
+  return LayersDirectory(dir) + "/" + id + ".packed";
+}
 std::string LayerIndexPath(const std::string& dir, const std::string& id) {
   return LayersDirectory(dir) + "/" + id + ".index";
+}
+
+bool IsPackedLayer(const std::string& dir, const std::string& id) {
+  return !Exists(LayerPagesPath(dir, id)) && Exists(LayerPackedPath(dir, id));
 }
 
 }  // namespace unmoor

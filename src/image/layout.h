@@ -48,6 +48,10 @@ class LayoutAllocator {
 [[nodiscard]] std::string UserDataPath(const std::string& dir);     // DIR/user_data
 [[nodiscard]] std::string LayersDirectory(const std::string& dir);  // DIR/layers
 [[nodiscard]] std::string LayerPagesPath(const std::string& dir, const std::string& id);
+[[nodiscard]] std::string LayerPackedPath(const std::string& dir, const std::string& id);
 [[nodiscard]] std::string LayerIndexPath(const std::string& dir, const std::string& id);
+
+// Whether the layer is there in its packed form only.
+[[nodiscard]] bool IsPackedLayer(const std::string& dir, const std::string& id);
 
 }  // namespace unmoor

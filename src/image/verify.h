@@ -34,6 +34,7 @@ struct Damage {
   std::optional<FileRange> bytes;  // where in it
   std::string what;                // one line; names the file
   std::vector<DamagePlace> places;
+  std::optional<FileRange> pages = {};  // of the page image, when `file` is another
 };
 
 // A whole index, each of its checks passed.

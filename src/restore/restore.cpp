@@ -104,6 +104,7 @@ class Restorer {
   [[nodiscard]] Result<RestoredProgram> Run();
 
  private:
+  [[nodiscard]] Result<> Lock();
   [[nodiscard]] Result<> Open();
   [[nodiscard]] Result<> CheckFreePids() const;
   [[nodiscard]] Result<> RunCriu(const TemporaryView& view, InterruptFd& interrupt);
@@ -114,6 +115,7 @@ class Restorer {
 
   const RestoreOptions& options_;
   const RestoreObserver& observer_;
+  std::string image_;  // the directory asked for, or what it was unpacked to
   std::string directory_;
   DirectoryLock lock_;  // until criu has read everything
   Manifest manifest_;
@@ -122,9 +124,19 @@ class Restorer {
   RestoreReport report_;
 };
 
+Result<> Restorer::Lock() {
+  image_ = options_.directory;
+  UNMOOR_ASSIGN(lock_, DirectoryLock::Take(image_, LockUse::kRead));
+  UNMOOR_ASSIGN(report_.unpacked, UnpackForRestore(image_, observer_.unpacking));
+  if (!report_.unpacked) return {};
+  image_ = report_.unpacked->directory;
+  UNMOOR_ASSIGN(lock_, DirectoryLock::Take(image_, LockUse::kRead));
+  return {};
+}
+
 Result<> Restorer::Open() {
-  UNMOOR_ASSIGN(manifest_, ReadManifest(options_.directory));
-  UNMOOR_ASSIGN(directory_, RealPath(options_.directory));
+  UNMOOR_ASSIGN(manifest_, ReadManifest(image_));
+  UNMOOR_ASSIGN(directory_, RealPath(image_));
   UNMOOR_ASSIGN(const HostFacts host, ReadHostFacts());
   UNMOOR_TRY(CheckHost(manifest_, host));
   std::vector<LayerInfo> infos;
@@ -255,7 +267,7 @@ Result<> Restorer::LetRun(const RestoredTasks& tasks, InterruptFd& interrupt) {
 
 Result<RestoredProgram> Restorer::Run() {
   const Nanos begin = MonotonicNow();
-  UNMOOR_ASSIGN(lock_, DirectoryLock::Take(options_.directory, LockUse::kRead));
+  UNMOOR_TRY(Lock());
   UNMOOR_TRY(Open());
   UNMOOR_TRY(CheckFreePids());
   UNMOOR_ASSIGN(InterruptFd interrupt, InterruptFd::Create());

@@ -1,5 +1,6 @@
 // Restore: an image directory runs again, its memory mapped from the layers.
 //
+// A packed image is first unpacked beside itself (image/pack.h), or was by an earlier restore.
 // Opens and checks manifest and indexes, plans (plan.h), writes a temporary view of CRIU's metadata
 // with the mapped VMAs turned into file mappings and the pages of deltas merged with CRIU's own, runs `criu restore` so that the tasks stay
 // stopped, hands them to the agent, which puts its guards in place and lets them run. The view is
@@ -19,6 +20,7 @@
 #include "agent/agent.h"
 #include "base/result.h"
 #include "base/units.h"
+#include "image/pack.h"
 #include "os/fd.h"
 #include "os/spawn.h"
 
@@ -40,10 +42,13 @@ struct RestoreOptions {
 };
 
 struct RestoreObserver {
+  // Of a packed image, before anything else.
+  std::function<void(Bytes done, Bytes total)> unpacking;
   std::function<void(Pid, const RemapReport&)> remapping;  // kEager only
 };
 
 struct RestoreReport {
+  std::optional<UnpackedCache> unpacked;  // of a packed image: where to, and how long it took
   Pid root;
   std::vector<Pid> tasks;
   std::optional<Pid> agent;

@@ -11,6 +11,7 @@
 #include "base/fault_point.h"
 #include "image/directory_lock.h"
 #include "image/layout.h"
+#include "image/pack.h"
 #include "image/publisher.h"
 #include "os/file.h"
 #include "os/file_lock.h"
@@ -81,7 +82,8 @@ Result<std::vector<std::string>> ImagesIn(const std::string& place) {
   std::vector<std::string> images;
   for (const std::string& name : names) {
     const std::string directory = path + "/" + name;
-    if (!IsLeftoverName(name) && IsImage(directory)) images.push_back(directory);
+    // What was unpacked for a restore is no generation of its own.
+    if (!IsLeftoverName(name) && !IsCacheName(name) && IsImage(directory)) images.push_back(directory);
   }
   return images;
 }
@@ -112,6 +114,7 @@ Generation ReadGeneration(const std::string& directory) {
     return generation;
   }
   generation.manifest = std::move(*manifest);
+  generation.packed = IsPacked(directory, generation.manifest);
   for (const ManifestTask& task : generation.manifest.tasks) {
     for (const ManifestVma& vma : task.vmas) generation.pages += vma.data;
   }
@@ -145,16 +148,28 @@ void FindUnnamedLayers(const std::string& directory, std::vector<Garbage>& items
   for (const ManifestLayer& layer : manifest->layers) {
     known.insert(layer.id + ".pages");
     known.insert(layer.id + ".index");
+    // Where both forms are, the packed one is not read.
+    if (IsPackedLayer(directory, layer.id)) known.insert(layer.id + ".packed");
   }
   for (const std::string& name : *names) {
     const bool repair = name.find(".repair-") != std::string::npos;
     const size_t dot = name.find('.');
     if (known.contains(name) || dot == std::string::npos || !IsValidId(name.substr(0, dot))) continue;
-    if (!repair && name.substr(dot) != ".pages" && name.substr(dot) != ".index") continue;
+    const std::string suffix = name.substr(dot);
+    if (!repair && suffix != ".pages" && suffix != ".index" && suffix != ".packed") continue;
     items.push_back({LayersDirectory(directory) + "/" + name,
                      repair ? "left by a repair that did not finish"
                             : "a layer file that the manifest does not name"});
   }
+}
+
+// By one rename to the name of a leftover; killed behind it, gc finishes the work.
+Result<> MoveAwayAndRemove(const std::string& path) {
+  UNMOOR_ASSIGN(const std::string id, NewId());
+  const std::string gone = path + std::string(kPartialInfix) + id.substr(0, kSuffixLength);
+  UNMOOR_TRY(Rename(path, gone));
+  UNMOOR_TRY(FaultPoint("rm.after_rename"));
+  return RemoveTree(gone);
 }
 
 }  // namespace
@@ -197,11 +212,14 @@ Result<Bytes> RemoveImage(const std::string& directory) {
   }
   LinkCounter links;
   links.Add(path);
-  UNMOOR_ASSIGN(const std::string id, NewId());
-  const std::string gone = path + std::string(kPartialInfix) + id.substr(0, kSuffixLength);
-  UNMOOR_TRY(Rename(path, gone));
-  UNMOOR_TRY(FaultPoint("rm.after_rename"));
-  UNMOOR_TRY(RemoveTree(gone));
+  UNMOOR_TRY(MoveAwayAndRemove(path));
+  // What restores unpacked of it goes too, unless a command is just using it: gc will.
+  for (const std::string& cache : CachesOf(path)) {
+    const auto cache_lock = DirectoryLock::Take(cache, LockUse::kWrite);
+    if (!cache_lock) continue;
+    links.Add(cache);
+    UNMOOR_TRY(MoveAwayAndRemove(cache));
+  }
   UNMOOR_TRY(SyncPath(path.substr(0, std::max<size_t>(1, path.rfind('/')))));
   return links.Freed();
 }
@@ -229,6 +247,10 @@ Result<GarbageReport> CollectGarbage(const std::string& store, bool dry_run) {
     if (IsLeftoverName(name)) {
       if (!HoldsOnlyImageParts(entry) || IsInUse(entry)) continue;
       UNMOOR_TRY(collect({{entry, "left by a command that did not finish"}}));
+    } else if (IsCacheName(name) && IsCheckpointDirectory(entry)) {
+      const auto lock = DirectoryLock::Take(entry, LockUse::kWrite);
+      if (!lock) continue;
+      UNMOOR_TRY(collect({{entry, "unpacked for a restore"}}));
     } else if (IsImage(entry)) {
       const auto lock = DirectoryLock::Take(entry, LockUse::kWrite);
       if (!lock) continue;  // somebody reads or replaces it now

@@ -23,6 +23,7 @@ struct Generation {
   Bytes pages;     // of the memory, wherever in its layers they are, and with criu
   Bytes written;   // of these, by the dump itself: in a layer of its own, and with criu
   Bytes freeable;  // on disk, if this directory alone were removed
+  bool packed = false;  // some layer of it
   std::optional<std::string> parent_directory;  // when it is among those listed
   // Whether `written` is known: the manifest says so, nothing is before it, or the parent is listed.
   [[nodiscard]] bool written_known() const {

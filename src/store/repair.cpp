@@ -106,6 +106,10 @@ Result<LayerVerdict> RepairLayer(const std::string& directory, const std::string
   const std::string ours = LayerPagesPath(directory, entry.id);
   const std::string theirs = LayerPagesPath(from, entry.id);
   const std::string their_index = LayerIndexPath(from, entry.id);
+  if (IsPackedLayer(from, entry.id)) {
+    return UserError("{} is packed; run 'unmoor unpack {}' first, to repair {} from it", from, from,
+                     directory);
+  }
   if (!Exists(theirs) && !Exists(their_index)) {
     return UserError("{} does not hold layer {}, so {} cannot be repaired from it", from, entry.id,
                      directory);

@@ -10,7 +10,9 @@
 #include "criu/page_images.h"
 #include "image/directory_lock.h"
 #include "image/layout.h"
+#include "image/packed_layer.h"
 #include "image/overlay.h"
+#include "image/pack.h"
 #include "os/file.h"
 #include "os/process_control.h"
 #include "store/repair.h"
@@ -20,6 +22,7 @@ namespace {
 
 constexpr std::string_view kIndexSuffix = ".index";
 constexpr std::string_view kPagesSuffix = ".pages";
+constexpr std::string_view kPackedSuffix = ".packed";
 
 Damage Whole(std::string file, const Error& error) {
   return {std::move(file), std::nullopt, error.message(), {}};
@@ -66,7 +69,7 @@ std::vector<std::string> Verifier::FindLayers() const {
   std::set<std::string> ids;
   for (const std::string& name :
        ListDirectory(LayersDirectory(report_.directory)).value_or(std::vector<std::string>{})) {
-    for (const std::string_view suffix : {kIndexSuffix, kPagesSuffix}) {
+    for (const std::string_view suffix : {kIndexSuffix, kPagesSuffix, kPackedSuffix}) {
       if (!name.ends_with(suffix)) continue;
       const std::string id = name.substr(0, name.size() - suffix.size());
       if (IsValidId(id)) ids.insert(id);
@@ -99,16 +102,20 @@ void Verifier::CheckLayer(uint32_t number, const std::string& id, const Manifest
       options_.progress(report_.checked + done, std::max(total_, report_.checked + done));
     };
   }
-  LayerVerdict verdict = VerifyLayer(report_.directory, id, entry, options);
+  LayerVerdict verdict =
+      IsPackedLayer(report_.directory, id)
+          ? VerifyPackedLayer(report_.directory, id, entry, options_.deep, options)
+          : VerifyLayer(report_.directory, id, entry, options);
   report_.checked += verdict.checked;
   ++report_.layers;
   constexpr int kParts = 2;  // the index, then the pages
   for (int i = 0; i < kParts && !verdict.damages.empty(); ++i) {
-    if (entry == nullptr || !options_.repair_from || !Repair(number, *entry, verdict)) break;
+    if (entry == nullptr || !options_.repair_from || IsPackedLayer(report_.directory, id)) break;
+    if (!Repair(number, *entry, verdict)) break;
   }
   for (Damage& damage : verdict.damages) {
     if (damage.bytes && verdict.index) {
-      damage.places = PlacesOf(*damage.bytes, *verdict.index, number,
+      damage.places = PlacesOf(damage.pages.value_or(*damage.bytes), *verdict.index, number,
                                manifest_ ? &*manifest_ : nullptr);
     }
     report_.damages.push_back(std::move(damage));
@@ -226,6 +233,11 @@ Result<VerifyDirectoryReport> Verifier::Run() {
     manifest_ = std::move(*manifest);
   } else {
     report_.damages.push_back(Whole(ManifestPath(report_.directory), manifest.error()));
+  }
+  if (options_.repair_from && manifest_ && IsPacked(report_.directory, *manifest_)) {
+    return UserError("{} holds packed layers, which are not repaired; copy their .packed files from "
+                     "{}, or unpack first",
+                     report_.directory, *options_.repair_from);
   }
   CheckLayers();
   if (manifest_) {

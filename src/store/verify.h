@@ -23,6 +23,7 @@ namespace unmoor {
 struct VerifyDirectoryOptions {
   std::string directory;
   bool quick = false;  // no pages
+  bool deep = false;   // packed layers: also what their frames expand to
   std::optional<std::string> repair_from;
   std::function<void(Bytes done, Bytes total)> progress;  // may be empty
 };

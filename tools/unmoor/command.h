@@ -52,6 +52,8 @@ Action ConfigureExport(CLI::App& app);
 Action ConfigureImport(CLI::App& app);
 Action ConfigureFlatten(CLI::App& app);
 Action ConfigureDiff(CLI::App& app);
+Action ConfigurePack(CLI::App& app);
+Action ConfigureUnpack(CLI::App& app);
 Action ConfigureLog(CLI::App& app);
 Action ConfigureRemove(CLI::App& app);
 Action ConfigureCollect(CLI::App& app);

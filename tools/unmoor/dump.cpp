@@ -19,6 +19,7 @@ struct DumpArguments {
   std::string timeout;
   std::string criu;
   std::string parent;
+  std::string compression;
   bool full = false;
   bool leave_running = false;
   bool dry_run = false;
@@ -84,6 +85,7 @@ void PrintReport(const CheckpointReport& report, bool flattened, bool json) {
                {"written_bytes", report.written.value},
                {"parent", report.parent ? nlohmann::json(*report.parent) : nlohmann::json()},
                {"criu_bytes", totals.criu_data.value},
+               {"packed_bytes", report.packed ? nlohmann::json(report.packed->value) : nlohmann::json()},
                {"allocated_bytes", report.allocated.value},
                {"remapped_first", report.remapped_first},
                {"flattened", flattened},
@@ -95,11 +97,13 @@ void PrintReport(const CheckpointReport& report, bool flattened, bool json) {
       report.parent ? fmt::format("{} new in layers, {} shared with {}", HumanBytes(report.written),
                                   HumanBytes(totals.layer_data - report.written), *report.parent)
                     : fmt::format("{} in layers", HumanBytes(totals.layer_data));
+  const std::string packed =
+      report.packed ? fmt::format(" (packed to {})", HumanBytes(*report.packed)) : "";
   const std::string frozen =
       report.frozen.value > 0 ? fmt::format(", frozen for {}", HumanTime(report.frozen)) : "";
   const std::string line = fmt::format(
-      "dumped {} process{} to {}: {}, {} with criu, {} on disk, in {}{}\n", totals.tasks,
-      totals.tasks == 1 ? "" : "es", report.directory, layers, HumanBytes(totals.criu_data),
+      "dumped {} process{} to {}: {}{}, {} with criu, {} on disk, in {}{}\n", totals.tasks,
+      totals.tasks == 1 ? "" : "es", report.directory, layers, packed, HumanBytes(totals.criu_data),
       HumanBytes(report.allocated), HumanTime(report.elapsed), frozen);
   Print(line);
   if (flattened) Print(fmt::format("flattened {}: the chain had become long\n", report.directory));
@@ -142,6 +146,11 @@ int RunDump(const DumpArguments& arguments, const Invocation& invocation) {
   if (!arguments.criu.empty()) options.criu = arguments.criu;
   if (!arguments.parent.empty()) options.parent = arguments.parent;
   options.full = arguments.full;
+  if (!arguments.compression.empty()) {
+    const auto compression = ParseCompression(arguments.compression);
+    if (!compression) return Report(compression.error(), arguments.json);
+    options.compression = *compression;
+  }
   if (!arguments.timeout.empty()) {
     const auto timeout = ParseDuration(arguments.timeout, 1'000'000'000);
     if (!timeout) return Report(timeout.error(), arguments.json);
@@ -166,9 +175,15 @@ int RunDump(const DumpArguments& arguments, const Invocation& invocation) {
     remapping.Clear();
     dumping.Show(done, expected);
   };
+  ProgressBar packing("pack", arguments.json);
+  observer.packing = [&](Bytes done, Bytes total) {
+    dumping.Clear();
+    packing.Show(done, total);
+  };
   const auto report = Dump(options, observer);
   remapping.Clear();
   dumping.Clear();
+  packing.Clear();
   if (!report) return Report(report.error(), arguments.json);
   const bool flattened =
       *flatten_after && FlattenIfLong(report->directory, **flatten_after, arguments.json);
@@ -197,6 +212,9 @@ Action ConfigureDump(CLI::App& app) {
                  "them is hidden than used")
       ->option_text("N|never");
   app.add_flag("--full", arguments->full, "Write everything")->excludes(parent);
+  app.add_option("--compress", arguments->compression,
+                 "Pack the new layer afterwards; 'unmoor restore' unpacks it")
+      ->option_text("lz4|zstd[:LEVEL]");
   app.add_option("--timeout", arguments->timeout,
                  "How long to wait for a pending remap (default: as long as it takes)")
       ->option_text("SECONDS");

@@ -35,6 +35,7 @@ nlohmann::json ToJson(const Generation& generation) {
                          {"layers", manifest.layers.size()},
                          {"pages_bytes", generation.pages.value},
                          {"freeable_bytes", generation.freeable.value}};
+  item["packed"] = generation.packed;
   if (manifest.parent_id) item["parent_id"] = *manifest.parent_id;
   if (generation.parent_directory) item["parent_directory"] = *generation.parent_directory;
   if (generation.written_known()) {
@@ -59,8 +60,9 @@ std::string ToText(const Generation& generation) {
               ? fmt::format("{} written of {} ({:.1f} %)", HumanBytes(generation.written),
                             HumanBytes(generation.pages), DirtyShare(generation) * 100)
               : fmt::format("{} of pages", HumanBytes(generation.pages));
-  return text + fmt::format("  {} layer{}  {} on disk its own\n", manifest.layers.size(),
+  return text + fmt::format("  {} layer{}{}  {} on disk its own\n", manifest.layers.size(),
                             manifest.layers.size() == 1 ? "" : "s",
+                            generation.packed ? ", packed" : "",
                             HumanBytes(generation.freeable));
 }
 

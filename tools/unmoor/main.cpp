@@ -26,6 +26,8 @@ constexpr CommandEntry kCommands[] = {
     {"import", "Make an image directory of a plain CRIU directory", false, ConfigureImport},
     {"flatten", "Merge the layers of a chain into one", false, ConfigureFlatten},
     {"diff", "What memory differs between two images", false, ConfigureDiff},
+    {"pack", "Compress the layers of an image directory", false, ConfigurePack},
+    {"unpack", "Make a packed image directory mappable again", false, ConfigureUnpack},
     {"log", "The generations in a store: when, after which, how much was written", false,
      ConfigureLog},
     {"rm", "Remove image directories", false, ConfigureRemove},

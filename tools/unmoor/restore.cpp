@@ -78,6 +78,11 @@ void PrintReport(const RestoreReport& report) {
                            {"mappings", report.mappings},
                            {"criu_ns", report.criu_time.value},
                            {"elapsed_ns", report.elapsed.value}};
+  if (report.unpacked) {
+    object["unpacked_into"] = report.unpacked->directory;
+    object["unpacked_bytes"] = report.unpacked->pages.value;
+    object["unpack_ns"] = report.unpacked->elapsed.value;
+  }
   if (report.agent) object["agent"] = report.agent->value;
   PrintJson(object);
 }
@@ -103,6 +108,19 @@ Result<> ImportStock(RestoreOptions& options, bool json) {
   return {};
 }
 
+// On stderr: stdout may be the program's.
+void TellUnpacked(const UnpackedCache& cache, const std::string& directory) {
+  const std::string text =
+      cache.reused
+          ? fmt::format("{} is packed; restored from {}, unpacked before\n", directory,
+                        cache.directory)
+          : fmt::format("{} is packed; unpacked {} into {} in {}, and restored from there "
+                        "('unmoor gc' removes it)\n",
+                        directory, HumanBytes(cache.pages), cache.directory,
+                        HumanTime(cache.elapsed));
+  std::fputs(text.c_str(), stderr);
+}
+
 int RunRestore(const RestoreArguments& arguments, const Invocation& invocation) {
   if (arguments.verbose) InitLogging(2);
   auto options = ToOptions(arguments, invocation);
@@ -111,13 +129,19 @@ int RunRestore(const RestoreArguments& arguments, const Invocation& invocation) 
     return Report(imported.error(), arguments.json);
   }
   ProgressBar bar("remap", arguments.json);
+  ProgressBar unpacking("unpack", arguments.json);
   RestoreObserver observer;
+  observer.unpacking = [&](Bytes done, Bytes total) { unpacking.Show(done, total); };
   observer.remapping = [&](Pid, const RemapReport& report) {
+    unpacking.Clear();
     bar.Show(report.done + report.dropped, report.total, DescribeProgress(report));
   };
   auto program = Restore(*options, observer);
+  unpacking.Clear();
   bar.Clear();
   if (!program) return Report(program.error(), arguments.json);
+  const auto& unpacked = program->report().unpacked;
+  if (unpacked && !arguments.json) TellUnpacked(*unpacked, arguments.directory);
   if (arguments.json) PrintReport(program->report());
   std::fflush(stdout);
   // At once, without letting go of the interrupts: one that came late must not look like a failure.

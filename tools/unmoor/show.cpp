@@ -6,6 +6,7 @@
 #include "image/layer_reader.h"
 #include "image/layout.h"
 #include "image/manifest.h"
+#include "image/packed_layer.h"
 #include "os/file.h"
 
 namespace unmoor::cli {
@@ -56,6 +57,7 @@ struct ShownLayer {
   Bytes allocated;
   size_t extents = 0;
   size_t segments = 0;
+  std::string packed;  // how; empty: it is not
 };
 
 nlohmann::json ToJson(const ManifestTask& task) {
@@ -98,6 +100,7 @@ void ShowJson(const std::string& directory, const Manifest& manifest,
                     {"file_size_bytes", layer.entry.pages_size.value},
                     {"extents", layer.extents},
                     {"segments", layer.segments}});
+    if (!layer.packed.empty()) list.back()["packed"] = layer.packed;
   }
   nlohmann::json object = {{"directory", directory},
                            {"format_version", kFormatVersion},
@@ -196,21 +199,36 @@ void ShowText(const std::string& directory, const Manifest& manifest,
   text += "\nlayers\n";
   size_t number = 0;
   for (const ShownLayer& layer : layers) {
-    text += fmt::format("  {:>2}  {}  {:>10} of pages, {:>10} on disk, {} extents, {} segments\n",
-                        number++, layer.entry.id, HumanBytes(layer.entry.data),
-                        HumanBytes(layer.allocated), layer.extents, layer.segments);
+    text += fmt::format(
+        "  {:>2}  {}  {:>10} of pages, {:>10} on disk, {} extents, {} segments{}{}\n", number++,
+        layer.entry.id, HumanBytes(layer.entry.data), HumanBytes(layer.allocated), layer.extents,
+        layer.segments, layer.packed.empty() ? "" : ", packed with ", layer.packed);
   }
   if (layers.empty()) text += "  none: no VMA was worth mapping\n";
   Print(text);
 }
 
+Result<ShownLayer> OpenPacked(const std::string& directory, const ManifestLayer& entry) {
+  const std::string index = LayerIndexPath(directory, entry.id);
+  UNMOOR_ASSIGN(const PackedReader packed,
+                PackedReader::Open(LayerPackedPath(directory, entry.id), index, &entry));
+  return ShownLayer{entry, Allocated(packed.path()) + Allocated(index),
+                    packed.index().tables.extents.size(), packed.index().tables.segments.size(),
+                    ToString(packed.compression())};
+}
+
 Result<std::vector<ShownLayer>> OpenLayers(const std::string& directory, const Manifest& manifest) {
   std::vector<ShownLayer> layers;
   for (const ManifestLayer& entry : manifest.layers) {
+    if (IsPackedLayer(directory, entry.id)) {
+      UNMOOR_ASSIGN(const ShownLayer layer, OpenPacked(directory, entry));
+      layers.push_back(layer);
+      continue;
+    }
     UNMOOR_ASSIGN(const LayerReader reader, LayerReader::Open(directory, entry));
     const Bytes allocated = Allocated(LayerPagesPath(directory, entry.id)) +
                             Allocated(LayerIndexPath(directory, entry.id));
-    layers.push_back({entry, allocated, reader.extents().size(), reader.segments().size()});
+    layers.push_back({entry, allocated, reader.extents().size(), reader.segments().size(), {}});
   }
   return layers;
 }

@@ -17,6 +17,7 @@ struct VerifyArguments {
   std::string directory;
   std::string repair_from;
   bool quick = false;
+  bool deep = false;
   bool json = false;
 };
 
@@ -106,6 +107,7 @@ int RunVerify(const VerifyArguments& arguments) {
   VerifyDirectoryOptions options;
   options.directory = arguments.directory;
   options.quick = arguments.quick;
+  options.deep = arguments.deep;
   if (!arguments.repair_from.empty()) options.repair_from = arguments.repair_from;
   options.progress = [&](Bytes done, Bytes total) { bar.Show(done, total); };
   const auto report = VerifyDirectory(options);
@@ -120,12 +122,15 @@ int RunVerify(const VerifyArguments& arguments) {
 
 Action ConfigureVerify(CLI::App& app) {
   const auto arguments = std::make_shared<VerifyArguments>();
-  SetUsage(app, "Usage: unmoor verify DIR [--quick | --repair-from DIR2] [--json]");
+  SetUsage(app, "Usage: unmoor verify DIR [--quick | --deep | --repair-from DIR2] [--json]");
   app.add_option("dir,-D,--images-dir", arguments->directory, "The image directory")
       ->required()
       ->option_text("DIR");
   const auto quick = app.add_flag("--quick", arguments->quick,
                                   "Manifest and indexes only; pages are not read");
+  app.add_flag("--deep", arguments->deep,
+               "Packed layers: decompress every frame and hold its pages against their hashes")
+      ->excludes(quick);
   app.add_option("--repair-from", arguments->repair_from,
                  "Mend damaged layers from another directory that has them")
       ->option_text("DIR2")
