@@ -22,8 +22,8 @@ struct ProgressFile {
 [[nodiscard]] Result<> WriteProgress(const ProgressFile& progress);
 // Nothing when there is no file, or it is about an earlier process of that pid.
 [[nodiscard]] std::optional<ProgressFile> ReadProgress(Pid pid);
-// The agent's process to speak to, if it has not finished: the worker that wrote it, or while that is
-// being replaced its supervisor.
+// The agent's process to speak to, if it has not finished: the worker that wrote it, or while that
+// is being replaced its supervisor.
 [[nodiscard]] std::optional<Pid> AgentAtWork(const ProgressFile& progress);
 // Says that `supervisor` has finished with `pid`, or why it has given up. Never fails.
 void FinishProgress(Pid pid, Pid supervisor, const std::string& problem);
