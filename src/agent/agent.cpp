@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <csignal>
 #include <optional>
+#include <set>
 
 #include "agent/progress_file.h"
 #include "agent/supervisor.h"
@@ -13,18 +14,7 @@
 namespace unmoor {
 namespace {
 
-// Waits for one message of `kind` from each of `count` tasks.
-Result<> Expect(int socket, AgentMessage::Kind kind, size_t count) {
-  while (count > 0) {
-    UNMOOR_ASSIGN(const auto message, NextMessage(socket));
-    if (!message) return MachineError("the agent ended before the program ran");
-    if (message->kind == AgentMessage::Kind::kFailed) {
-      return MachineError("process {}: {}", message->pid, message->text);
-    }
-    if (message->kind == kind) --count;
-  }
-  return {};
-}
+constexpr Nanos kStandDownPatience(6'000'000'000);
 
 // Somebody else's agent at work on `pid`: asks it to remap (it may only be watching) and waits;
 // asks again when its worker was replaced by another. Nothing when no agent is at work any more.
@@ -52,22 +42,85 @@ Result<std::optional<RemapReport>> FollowAgent(
 
 }  // namespace
 
-Result<Pid> StartAgentForStopped(const std::vector<Pid>& tasks,
-                                 const std::vector<Pid>& stay_stopped,
-                                 const AgentOptions& options) {
-  std::vector<SupervisorTask> supervised;
-  for (const Pid pid : tasks) {
-    const bool stays = std::ranges::find(stay_stopped, pid) != stay_stopped.end();
-    supervised.push_back({pid, true, stays});
+WaitingAgent::WaitingAgent(Fd socket, StartingDaemon process)
+    : socket_(std::move(socket)), process_(std::make_unique<StartingDaemon>(std::move(process))) {}
+
+WaitingAgent::~WaitingAgent() {
+  if (!socket_.valid()) return;
+  AgentMessage message;
+  message.kind = AgentMessage::Kind::kStandDown;
+  if (!PostMessage(socket_.get(), message)) return;
+  const Nanos began = MonotonicNow();
+  while (MonotonicNow() - began < kStandDownPatience) {
+    const auto readable = WaitReadable(socket_.get(), kStandDownPatience);
+    if (!readable || !*readable) return;
+    const auto last = NextMessage(socket_.get());
+    if (!last || !*last) return;
   }
-  UNMOOR_ASSIGN(const SupervisorHandle supervisor, StartSupervisor(supervised, options));
-  const int socket = supervisor.socket.get();
-  UNMOOR_TRY(Expect(socket, AgentMessage::Kind::kGuarded, tasks.size()));
+}
+
+Result<WaitingAgent> WaitingAgent::Begin(const AgentOptions& options, const std::string& view) {
+  UNMOOR_ASSIGN(SupervisorHandle supervisor, StartSupervisor({}, options, view));
+  return WaitingAgent(std::move(supervisor.socket), std::move(supervisor.process));
+}
+
+Result<> WaitingAgent::Started() {
+  UNMOOR_ASSIGN(pid_, process_->Wait());
+  return {};
+}
+
+Result<> WaitingAgent::Guard(Pid criu) {
+  AgentMessage message;
+  message.kind = AgentMessage::Kind::kRestoring;
+  message.pid = criu.value;
+  return PostMessage(socket_.get(), message);
+}
+
+Result<> WaitingAgent::Expect(size_t tasks) {
+  AgentMessage message;
+  message.kind = AgentMessage::Kind::kExpect;
+  message.tasks = tasks;
+  return PostMessage(socket_.get(), message);
+}
+
+Result<> WaitingAgent::Adopt(const std::vector<Pid>& tasks, const std::vector<Pid>& stay_stopped) {
+  tasks_ = tasks;
+  for (const Pid pid : tasks) {
+    AgentMessage message;
+    message.kind = AgentMessage::Kind::kAdopt;
+    message.pid = pid.value;
+    message.stay_stopped = std::ranges::find(stay_stopped, pid) != stay_stopped.end();
+    UNMOOR_TRY(PostMessage(socket_.get(), message));
+  }
+  return {};
+}
+
+// Waits for a message of `kind` from each task.
+Result<> WaitingAgent::Await(uint32_t kind) {
+  std::set<int> missing;
+  for (const Pid pid : tasks_) missing.insert(pid.value);
+  while (!missing.empty()) {
+    UNMOOR_ASSIGN(const auto message, NextMessage(socket_.get()));
+    if (!message) return MachineError("the agent ended before the program ran");
+    if (message->kind == AgentMessage::Kind::kFailed) {
+      return MachineError("process {}: {}", message->pid, message->text);
+    }
+    if (message->kind == AgentMessage::Kind::kFinished && missing.contains(message->pid)) {
+      return MachineError("process {} ended before it ran", message->pid);
+    }
+    if (static_cast<uint32_t>(message->kind) == kind) missing.erase(message->pid);
+  }
+  return {};
+}
+
+Result<Pid> WaitingAgent::LetRun() {
+  UNMOOR_TRY(Await(static_cast<uint32_t>(AgentMessage::Kind::kGuarded)));
   AgentMessage resume;
   resume.kind = AgentMessage::Kind::kResume;
-  UNMOOR_TRY(PostMessage(socket, resume));
-  UNMOOR_TRY(Expect(socket, AgentMessage::Kind::kRunning, tasks.size()));
-  return supervisor.pid;
+  UNMOOR_TRY(PostMessage(socket_.get(), resume));
+  UNMOOR_TRY(Await(static_cast<uint32_t>(AgentMessage::Kind::kRunning)));
+  socket_.Reset();
+  return pid_;
 }
 
 Result<RemapReport> RemapProcess(Pid pid, const AgentOptions& options,
@@ -79,6 +132,7 @@ Result<RemapReport> RemapProcess(Pid pid, const AgentOptions& options,
     if (report) return *report;
   }
   UNMOOR_ASSIGN(SupervisorHandle supervisor, StartSupervisor({{pid, false, false}}, options));
+  UNMOOR_TRY(supervisor.process.Wait());
   const int socket = supervisor.socket.get();
   for (;;) {
     UNMOOR_ASSIGN(const auto ready, WaitAnyReadable({socket}, Nanos(100'000'000)));

@@ -1,21 +1,25 @@
 // The agent: the remap carried into other processes, from outside, in the background.
 //
-// One supervisor process for each StartAgent, one worker process for each task (address space), one
-// helper (CLONE_VM, injected) inside each program while its worker is at work. The supervisor holds
-// every worker's userfaultfd a second time, so that the death of one worker leaves the program with
-// right memory and the next worker goes on. All end themselves when the program is READY.
+// One supervisor process for each restore or remap, one worker process for each task (address
+// space), one helper (CLONE_VM, injected) inside each program while its worker is at work. The
+// supervisor holds every worker's userfaultfd a second time, so that the death of one worker leaves
+// the program with right memory and the next worker goes on. All end themselves when the program is
+// READY.
 //
 // Progress is kept in a file for each process, RuntimeDirectory()/<pid>.json, which `status` reads;
 // the truth is always derived from /proc/PID/maps.
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "base/result.h"
 #include "base/units.h"
+#include "os/daemon.h"
+#include "os/fd.h"
 
 namespace unmoor {
 
@@ -67,13 +71,42 @@ struct ProcessStatus {
 // Where agents keep their progress: $UNMOOR_RUNTIME_DIR, else /run/unmoor, else /tmp/unmoor-<uid>.
 [[nodiscard]] std::string RuntimeDirectory();
 
-// For `restore`: the tasks are stopped (criu --leave-stopped, SIGSTOP). Prepares each of them
-// (guards in place), starts the detached agent, then lets the tasks run, except those in
-// `stay_stopped`. `visible`: none of the program's signal handlers, nor its job-control state,
-// notices. Returns once every task runs. On failure nothing was resumed and no agent is left.
-[[nodiscard]] Result<Pid> StartAgentForStopped(const std::vector<Pid>& tasks,
-                                               const std::vector<Pid>& stay_stopped,
-                                               const AgentOptions& options);
+// For `restore`: an agent that is started before its program, so that it is ready when the program
+// is. The tasks are stopped (criu --leave-stopped, SIGSTOP). Destroyed before LetRun, or killed
+// with its maker, it leaves nothing: no agent, and in the second case none of the restored tasks
+// either.
+class WaitingAgent {
+ public:
+  // `view`: the directory of criu's images, which need not exist yet,
+  // where criu's pidfile will be "pid"; removed should we die before LetRun. Call it with one
+  // thread only, and not as a subreaper. Returns before the agent is up: Started() waits for that.
+  [[nodiscard]] static Result<WaitingAgent> Begin(const AgentOptions& options,
+                                                  const std::string& view);
+  WaitingAgent(WaitingAgent&&) noexcept = default;
+  WaitingAgent& operator=(WaitingAgent&&) = delete;
+  ~WaitingAgent();
+
+  // It is no child of ours any more. To be called before BecomeSubreaper.
+  [[nodiscard]] Result<> Started();
+  // Should we die from here on, `criu` and all below it is ended.
+  [[nodiscard]] Result<> Guard(Pid criu);
+  // So many tasks will probably come: so many workers are made ready.
+  [[nodiscard]] Result<> Expect(size_t tasks);
+  // Puts the guards in place, in the background; those in `stay_stopped` will not be let run.
+  [[nodiscard]] Result<> Adopt(const std::vector<Pid>& tasks, const std::vector<Pid>& stay_stopped);
+  // Once everything adopted is guarded: lets it run. None of the program's signal handlers, nor its
+  // job-control state, notices. Returns the agent's pid. On failure nothing was resumed.
+  [[nodiscard]] Result<Pid> LetRun();
+
+ private:
+  WaitingAgent(Fd socket, StartingDaemon process);
+  [[nodiscard]] Result<> Await(uint32_t kind);
+
+  Fd socket_;  // empty: it has been let go of
+  std::unique_ptr<StartingDaemon> process_;
+  Pid pid_;
+  std::vector<Pid> tasks_;
+};
 
 // For `remap -t PID`: remaps every direct-mapped VMA of the running (or stopped) process `pid`, in
 // the foreground. `progress` is called a few times a second from the calling thread; it may be

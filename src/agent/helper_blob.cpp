@@ -720,6 +720,7 @@ void RunList(Data& data, uint32_t count, Reply& reply) {
     if (reply.error != 0 && op.kind != OpKind::kThaw) continue;
     if (op.kind == OpKind::kThaw && began == 0 && data.held == 0) continue;
     const long result = RunOp(data, op, reply, began);
+    if (i < kReported) reply.results[i] = result;
     if (result < 0 && (op.flags & kOpMayFail) == 0) {
       if (reply.error == 0) reply.error = static_cast<int32_t>(-result);
     } else if (reply.error == 0) {
@@ -734,8 +735,7 @@ void RunList(Data& data, uint32_t count, Reply& reply) {
 
 struct ControlBuffer {
   KernelCmsghdr header;
-  int fd;
-  int padding;
+  int fds[kMaxPassed];
 };
 
 // False when the worker is gone.
@@ -760,9 +760,10 @@ bool Serve(Data& data) {
   if (n == -kEintr) return true;
   if (n < static_cast<long>(sizeof(MessageHeader))) return false;
   Reply reply{};
-  reply.received_fd = -1;
-  if (message.controllen >= sizeof(KernelCmsghdr) + sizeof(int) && control.header.type == 1) {
-    reply.received_fd = control.fd;
+  const bool passed = message.controllen > sizeof(KernelCmsghdr) && control.header.type == 1;
+  for (size_t i = 0; i < kMaxPassed; ++i) {
+    const size_t end = sizeof(KernelCmsghdr) + (i + 1) * sizeof(int);
+    reply.received_fds[i] = passed && control.header.length >= end ? control.fds[i] : -1;
   }
   const auto present = static_cast<uint64_t>(n) - sizeof(MessageHeader);
   if (data.header.count > kMaxOps || data.header.count * sizeof(Op) != present) return false;
@@ -990,7 +991,10 @@ extern "C" [[noreturn]] __attribute__((used)) void unmoor_watch_main(Data* data_
 
 // The first bytes of the blob: magic, then the code a thread of the program is made to run once for
 // the helper, once for the watch. The injector sets rax … r8 for clone and stops the thread at the
-// end of the system call.
+// end of the system call. On top of the helper's stack it finds the address of its data and how
+// much from there on is to be writable: all is mapped readable and executable, and the helper
+// changes that (mprotect 10, PROT_READ | PROT_WRITE 3) before it uses its stack, or ends
+// (exit_group 231).
 asm(R"(
 .section .entry, "ax"
 .global unmoor_blob
@@ -1002,13 +1006,7 @@ unmoor_blob:
 unmoor_spawn:
   syscall
   test %eax, %eax
-  jz 1f
-  ud2
-1:
-  xor %ebp, %ebp
-  mov (%rsp), %rdi
-  and $-16, %rsp
-  call unmoor_helper_main
+  jz unmoor_spawned
   ud2
 .org 64
 .global unmoor_spawn_watch
@@ -1024,6 +1022,23 @@ unmoor_spawn_watch:
   call unmoor_watch_main
   ud2
 .text
+unmoor_spawned:
+  mov (%rsp), %rdi
+  mov 8(%rsp), %rsi
+  mov $3, %edx
+  mov $10, %eax
+  syscall
+  test %eax, %eax
+  jnz 1f
+  xor %ebp, %ebp
+  mov (%rsp), %rdi
+  and $-16, %rsp
+  call unmoor_helper_main
+1:
+  mov $1, %edi
+  mov $231, %eax
+  syscall
+  ud2
 .global unmoor_stand_in
 .hidden unmoor_stand_in
 unmoor_stand_in:

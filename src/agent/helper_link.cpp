@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstring>
 
+#include "os/backoff.h"
 #include "os/daemon.h"
 #include "os/process_control.h"
 #include "os/remote_memory.h"
@@ -86,7 +87,7 @@ OpList& OpList::Deadline(Nanos limit) {
   return Add(OpKind::kDeadline, {static_cast<uint64_t>(limit.value)});
 }
 
-Result<HelperLink> HelperLink::Connect(Pid program, const HelperProcess& helper) {
+Result<HelperLink> HelperLink::Connect(Pid program, const HelperProcess& helper, OpList& first) {
   HelperLink link;
   link.helper_ = helper;
   UNMOOR_ASSIGN(link.pidfd_, OpenPidFd(helper.pid));
@@ -99,35 +100,32 @@ Result<HelperLink> HelperLink::Connect(Pid program, const HelperProcess& helper)
   static_assert(offsetof(Head, start_error) == offsetof(helper::Data, start_error));
   constexpr Nanos kLimit(2'000'000'000);
   const Nanos began = MonotonicNow();
-  for (;;) {
+  for (int turn = 0;; ++turn) {
     UNMOOR_TRY(ReadMemory(program, data, std::as_writable_bytes(std::span(&head, 1))));
     if (head.state == 1) break;
     if (head.state == 2 || MonotonicNow() - began > kLimit) {
       return MachineError("the helper in process {} did not start", program.value);
     }
-    SleepFor(Nanos(20'000));
+    WaitALittle(turn);
   }
   if (head.start_error != 0) return SystemError(head.start_error, "the helper's socket");
   UNMOOR_ASSIGN(link.socket_, unmoor::TakeFd(link.pidfd_.get(), head.worker_socket));
-  // The helper must see end of stream when we are gone.
-  OpList close_end;
-  close_end.Syscall(SYS_close, {static_cast<uint64_t>(head.worker_socket), 0, 0, 0, 0, 0});
-  UNMOOR_TRY(link.Must(close_end, "close inside the program"));
+  first.Syscall(SYS_close, {static_cast<uint64_t>(head.worker_socket), 0, 0, 0, 0, 0});
   return link;
 }
 
-Result<> HelperLink::SendOps(std::span<const Op> ops, int passed_fd) {
+Result<> HelperLink::SendOps(std::span<const Op> ops, std::span<const int> passed_fds) {
   std::vector<std::byte> message(sizeof(helper::MessageHeader) + ops.size_bytes());
   const helper::MessageHeader header{static_cast<uint32_t>(ops.size()), 0};
   std::memcpy(message.data(), &header, sizeof(header));
   std::memcpy(message.data() + sizeof(header), ops.data(), ops.size_bytes());
-  const auto sent = SendMessage(socket_.get(), message, passed_fd, "the helper");
+  const auto sent = SendMessage(socket_.get(), message, passed_fds, "the helper");
   if (!sent && sent.error().errnum() == ECONNRESET) return SystemError(EPIPE, kHelperEnded);
   return sent;
 }
 
-Result<Reply> HelperLink::RunMessage(std::span<const Op> ops, int passed_fd) {
-  UNMOOR_TRY(SendOps(ops, passed_fd));
+Result<Reply> HelperLink::RunMessage(std::span<const Op> ops, std::span<const int> passed_fds) {
+  UNMOOR_TRY(SendOps(ops, passed_fds));
   // A helper can wait for ever only where the kernel makes it (seizing a thread whose process is in
   // exec waits for threads that only the helper could release). Its end resolves that.
   const bool stops = std::ranges::any_of(
@@ -140,7 +138,7 @@ Result<Reply> HelperLink::RunMessage(std::span<const Op> ops, int passed_fd) {
 Result<Reply> HelperLink::RunReading(const OpList& list, int fd,
                                      const std::function<Result<>()>& on_readable) {
   UNMOOR_CHECK(list.size() <= helper::kMaxOps);
-  UNMOOR_TRY(SendOps(list.ops(), -1));
+  UNMOOR_TRY(SendOps(list.ops(), {}));
   const Nanos began = MonotonicNow();
   while (MonotonicNow() - began < kStopPatience) {
     UNMOOR_ASSIGN(const std::vector<int> ready,
@@ -173,7 +171,7 @@ Result<Reply> HelperLink::Run(const OpList& list) {
   do {
     const auto part = rest.first(std::min(rest.size(), helper::kMaxOps));
     rest = rest.subspan(part.size());
-    UNMOOR_ASSIGN(const Reply reply, RunMessage(part, -1));
+    UNMOOR_ASSIGN(const Reply reply, RunMessage(part, {}));
     const uint32_t done = total.done + reply.done;
     total = reply;
     total.done = done;
@@ -187,10 +185,18 @@ Result<int64_t> HelperLink::Must(const OpList& list, const char* what) {
   return reply.result;
 }
 
+Result<Reply> HelperLink::RunGiving(const OpList& list, std::span<const int> fds) {
+  UNMOOR_CHECK(list.size() <= helper::kMaxOps && fds.size() <= helper::kMaxPassed);
+  UNMOOR_ASSIGN(const Reply reply, RunMessage(list.ops(), fds));
+  for (size_t i = 0; i < fds.size(); ++i) {
+    if (reply.received_fds[i] < 0) return MachineError("the helper got no descriptor");
+  }
+  return reply;
+}
+
 Result<int> HelperLink::GiveFd(int fd) {
-  UNMOOR_ASSIGN(const Reply reply, RunMessage({}, fd));
-  if (reply.received_fd < 0) return MachineError("the helper got no descriptor");
-  return reply.received_fd;
+  UNMOOR_ASSIGN(const Reply reply, RunGiving({}, std::array{fd}));
+  return reply.received_fds[0];
 }
 
 Result<Fd> HelperLink::TakeFd(int fd) const {

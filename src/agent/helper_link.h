@@ -46,8 +46,10 @@ class OpList {
 class HelperLink {
  public:
   HelperLink() = default;
-  // Waits until the helper serves and takes the socket's other end.
-  [[nodiscard]] static Result<HelperLink> Connect(Pid program, const HelperProcess& helper);
+  // Waits until the helper serves and takes the socket's other end. `first` gets what has to begin
+  // the first list: until then the helper would not see our death.
+  [[nodiscard]] static Result<HelperLink> Connect(Pid program, const HelperProcess& helper,
+                                                  OpList& first);
 
   [[nodiscard]] bool connected() const { return socket_.valid(); }
   [[nodiscard]] const HelperProcess& helper() const { return helper_; }
@@ -61,14 +63,17 @@ class HelperLink {
                                                  const std::function<Result<>()>& on_readable);
   // As Run, and a failed operation is an error ("what: Cannot allocate memory").
   [[nodiscard]] Result<int64_t> Must(const OpList& list, const char* what);
+  // As Run, for a short list; the helper gets copies of `fds`, whose numbers there the reply has.
+  [[nodiscard]] Result<helper::Reply> RunGiving(const OpList& list, std::span<const int> fds);
   // Gives the helper a copy of `fd`; returns its number there.
   [[nodiscard]] Result<int> GiveFd(int fd);
   // A copy of the helper's descriptor.
   [[nodiscard]] Result<Fd> TakeFd(int fd) const;
 
  private:
-  [[nodiscard]] Result<> SendOps(std::span<const helper::Op> ops, int passed_fd);
-  [[nodiscard]] Result<helper::Reply> RunMessage(std::span<const helper::Op> ops, int passed_fd);
+  [[nodiscard]] Result<> SendOps(std::span<const helper::Op> ops, std::span<const int> passed_fds);
+  [[nodiscard]] Result<helper::Reply> RunMessage(std::span<const helper::Op> ops,
+                                                 std::span<const int> passed_fds);
   [[nodiscard]] Result<helper::Reply> ReceiveReply();
   [[nodiscard]] Result<helper::Reply> NoAnswer();
 

@@ -3,7 +3,7 @@
 //
 // One message is a MessageHeader and its operations; the helper runs them in order, stops at the
 // first that fails (a Thaw in the list is always run) and answers with one Reply. A message may
-// carry one descriptor (SCM_RIGHTS), whose number in the helper's table comes back in the Reply.
+// carry descriptors (SCM_RIGHTS), whose numbers in the helper's table come back in the Reply.
 // A list with Freeze … Thaw is complete in itself: the helper finishes it even if the worker is
 // killed meanwhile, and if the helper is killed the kernel releases the threads at once. So no
 // thread of the program ever runs between a recheck and its swap.
@@ -29,7 +29,7 @@
 namespace unmoor::helper {
 
 inline constexpr char kMagic[16] = "UNMOOR-HELPER";  // at the start of the code pages
-inline constexpr uint32_t kProtocolVersion = 2;
+inline constexpr uint32_t kProtocolVersion = 3;
 
 enum class OpKind : uint32_t {
   kSyscall,  // args: number, a0 … a5. Result >= 0 or it fails.
@@ -39,8 +39,8 @@ enum class OpKind : uint32_t {
   kPread,    // args: fd, dst, length, file offset. Short reads fail with ENODATA.
   kFreeze,   // args: task directory fd, time limit in ns, nested, uffd, guarded. Fails with EBUSY
              // when a thread does not stop in time or an event of the uffd is waiting to be read.
-            // nested: the names in the directory are of an outer PID namespace. guarded: threads in
-            // user mode run on as soon as their system calls are held.
+  // nested: the names in the directory are of an outer PID namespace. guarded: threads in
+  // user mode run on as soon as their system calls are held.
   kCheckVma,  // args: maps fd, begin, end, prot, inode, offset, major << 32 | minor. One VMA.
   kRecheck,   // args: pagemap fd, begin, end, mirror - original, page limit, all. Copies what was
               // written since the baseline (all: every page of the program's own, since the page
@@ -52,7 +52,7 @@ enum class OpKind : uint32_t {
                 // waiting for a worker that is dead or stopped, with the program's threads stopped.
   kGuardPiece,  // args: begin, length, prot. Before kFreeze: what kGuard is to protect.
   kGuard,       // args: task directory fd, time limit in ns. Makes the pieces read-only; where that
-           // would not be safe all threads are stopped instead, as without.
+                // would not be safe all threads are stopped instead, as without.
 };
 
 inline constexpr uint32_t kOpMayFail = 1;  // its failure does not stop the list
@@ -69,17 +69,22 @@ struct MessageHeader {
   uint32_t reserved;
 };
 
+inline constexpr size_t kMaxPassed = 4;
+inline constexpr size_t kReported = 4;
+
 struct Reply {
-  uint32_t done;        // operations that ran well, before the failing one if any
-  int32_t error;        // errno of the first failure, 0
-  int32_t received_fd;  // -1: none
-  uint32_t copied;      // pages copied by kRecheck
-  int64_t result;       // of the last system call
-  int64_t pause_ns;     // first thread asked to stop … last thread released; 0: no freeze
-  int64_t stop_ns;      // of that, until the last thread had stopped
-  int64_t recheck_ns;   // and until the recheck was done
-  uint32_t threads;     // stopped in that window
-  uint32_t guarded;     // of these, ran on until they touched the window or made a system call
+  uint32_t done;    // operations that ran well, before the failing one if any
+  int32_t error;    // errno of the first failure, 0
+  uint32_t copied;  // pages copied by kRecheck
+  uint32_t reserved;
+  int32_t received_fds[kMaxPassed];  // -1: none
+  int64_t results[kReported];        // of the first operations, as far as they are system calls
+  int64_t result;                    // of the last system call
+  int64_t pause_ns;    // first thread asked to stop … last thread released; 0: no freeze
+  int64_t stop_ns;     // of that, until the last thread had stopped
+  int64_t recheck_ns;  // and until the recheck was done
+  uint32_t threads;    // stopped in that window
+  uint32_t guarded;    // of these, ran on until they touched the window or made a system call
 };
 
 inline constexpr size_t kMaxOps = 1500;

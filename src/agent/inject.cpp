@@ -22,16 +22,17 @@ namespace {
 
 // The address of a `syscall` instruction that the program maps executable: the vDSO has one, and so
 // has every libc.
-Result<Vaddr> FindSyscallInstruction(Pid pid) {
-  UNMOOR_ASSIGN(std::vector<VmaInfo> vmas, ReadMaps(pid));
-  std::ranges::stable_partition(vmas, [](const VmaInfo& vma) { return vma.name == "[vdso]"; });
-  for (const VmaInfo& vma : vmas) {
-    if ((vma.prot & PROT_EXEC) == 0 || vma.name == "[vsyscall]") continue;
-    std::vector<std::byte> code(std::min<uint64_t>(vma.range.size().value, 4 << 20));
-    if (!ReadMemory(pid, vma.range.begin, code)) continue;
-    for (size_t i = 0; i + 1 < code.size(); ++i) {
-      if (code[i] == std::byte{0x0f} && code[i + 1] == std::byte{0x05}) {
-        return vma.range.begin + Bytes(i);
+Result<Vaddr> FindSyscallInstruction(Pid pid, std::span<const VmaInfo> vmas) {
+  for (const bool in_vdso : {true, false}) {
+    for (const VmaInfo& vma : vmas) {
+      if ((vma.name == "[vdso]") != in_vdso) continue;
+      if ((vma.prot & PROT_EXEC) == 0 || vma.name == "[vsyscall]") continue;
+      std::vector<std::byte> code(std::min<uint64_t>(vma.range.size().value, 4 << 20));
+      if (!ReadMemory(pid, vma.range.begin, code)) continue;
+      for (size_t i = 0; i + 1 < code.size(); ++i) {
+        if (code[i] == std::byte{0x0f} && code[i + 1] == std::byte{0x05}) {
+          return vma.range.begin + Bytes(i);
+        }
       }
     }
   }
@@ -56,7 +57,12 @@ Result<StoppedThread*> ChooseThread(std::span<StoppedThread> stopped) {
 class Borrowed {
  public:
   static Result<Borrowed> From(Pid pid, std::span<StoppedThread> stopped) {
-    UNMOOR_ASSIGN(const Vaddr instruction, FindSyscallInstruction(pid));
+    UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid));
+    return From(pid, stopped, vmas);
+  }
+  static Result<Borrowed> From(Pid pid, std::span<StoppedThread> stopped,
+                               std::span<const VmaInfo> vmas) {
+    UNMOOR_ASSIGN(const Vaddr instruction, FindSyscallInstruction(pid, vmas));
     UNMOOR_ASSIGN(StoppedThread * thread, ChooseThread(stopped));
     UNMOOR_TRY(thread->BeginRemote());
     return Borrowed(thread, instruction);
@@ -90,11 +96,10 @@ Result<> WriteHelper(Pid pid, Vaddr region) {
   } head;
   std::memcpy(head.magic, helper::kMagic, sizeof(head.magic));
   const Vaddr data = region + Bytes(helper::kCodeSize);
-  UNMOOR_TRY(WriteMemory(pid, data, std::as_bytes(std::span(&head, 1))));
-  // The helper finds the address of its data on top of its stack.
-  const Vaddr stack_top = region + Bytes(helper::kRegionSize - 64);
-  const uint64_t pointer = data.value;
-  return WriteMemory(pid, stack_top, std::as_bytes(std::span(&pointer, 1)));
+  UNMOOR_TRY(ForceWriteMemory(pid, data, std::as_bytes(std::span(&head, 1))));
+  const uint64_t on_stack[] = {data.value, helper::kRegionSize - helper::kCodeSize};
+  return ForceWriteMemory(pid, region + Bytes(helper::kRegionSize - 64),
+                          std::as_bytes(std::span(on_stack)));
 }
 
 Result<Pid> FindChildNamed(Pid pid, int pid_in_program) {
@@ -108,8 +113,9 @@ Result<Pid> FindChildNamed(Pid pid, int pid_in_program) {
 
 }  // namespace
 
-Result<HelperProcess> InjectHelper(Pid pid, std::span<StoppedThread> stopped) {
-  UNMOOR_ASSIGN(Borrowed borrowed, Borrowed::From(pid, stopped));
+Result<HelperProcess> InjectHelper(Pid pid, std::span<StoppedThread> stopped,
+                                   std::span<const VmaInfo> vmas, bool nested) {
+  UNMOOR_ASSIGN(Borrowed borrowed, Borrowed::From(pid, stopped, vmas));
   UNMOOR_ASSIGN(const uint64_t region_address,
                 borrowed.Call("mmap", SYS_mmap,
                               {0, helper::kRegionSize, PROT_READ | PROT_EXEC,
@@ -119,11 +125,6 @@ Result<HelperProcess> InjectHelper(Pid pid, std::span<StoppedThread> stopped) {
     (void)borrowed.Call("munmap", SYS_munmap, {region.value, helper::kRegionSize, 0, 0, 0, 0});
     return Failure(error);
   };
-  const auto writable =
-      borrowed.Call("mprotect", SYS_mprotect,
-                    {region.value + helper::kCodeSize, helper::kRegionSize - helper::kCodeSize,
-                     PROT_READ | PROT_WRITE, 0, 0, 0});
-  if (!writable) return give_back(writable.error());
   if (const auto written = WriteHelper(pid, region); !written) return give_back(written.error());
   const uint64_t stack_top = region.value + helper::kRegionSize - 64;
   const auto spawned =
@@ -133,6 +134,7 @@ Result<HelperProcess> InjectHelper(Pid pid, std::span<StoppedThread> stopped) {
   if (*spawned < 0) {
     return give_back(SystemError(static_cast<int>(-*spawned), "clone inside the program").value());
   }
+  if (!nested) return HelperProcess{Pid{static_cast<int>(*spawned)}, region};
   UNMOOR_ASSIGN(const Pid helper, FindChildNamed(pid, static_cast<int>(*spawned)));
   return HelperProcess{helper, region};
 }
@@ -160,7 +162,8 @@ namespace {
 
 // The watch has normally ended with its helper; one that job control has stopped is made to exit.
 Result<> EndWatch(Pid pid, std::span<StoppedThread> stopped, std::span<const Leftover> leftovers) {
-  UNMOOR_ASSIGN(const Vaddr instruction, FindSyscallInstruction(pid));
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid));
+  UNMOOR_ASSIGN(const Vaddr instruction, FindSyscallInstruction(pid, vmas));
   for (StoppedThread& thread : stopped) {
     if (thread.Poll() != StoppedThread::State::kStopped) continue;
     UNMOOR_ASSIGN(const user_regs_struct registers, thread.Registers());
@@ -214,6 +217,10 @@ Result<> RemoveHelperTraces(Pid pid, std::span<StoppedThread> stopped,
 
 Result<std::vector<Leftover>> FindLeftovers(Pid pid) {
   UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid));
+  return FindLeftovers(pid, vmas);
+}
+
+std::vector<Leftover> FindLeftovers(Pid pid, std::span<const VmaInfo> vmas) {
   std::vector<Leftover> leftovers;
   for (const VmaInfo& vma : vmas) {
     if (!vma.IsPrivateAnonymous() || vma.range.size().value != helper::kCodeSize ||

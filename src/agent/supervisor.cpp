@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
+#include <csignal>
 #include <cstdlib>
 #include <deque>
 #include <list>
@@ -11,7 +13,9 @@
 #include "agent/worker.h"
 #include "base/log.h"
 #include "os/daemon.h"
+#include "os/file.h"
 #include "os/process_control.h"
+#include "os/process_tree.h"
 #include "os/procfs.h"
 #include "os/socket.h"
 
@@ -38,6 +42,7 @@ AgentMessage MakeMessage(AgentMessage::Kind kind, Pid pid, std::string_view text
 struct WorkerTask {
   SupervisorTask task;
   bool forked = false;  // a child born while its parent was direct-mapped
+  bool again = false;   // an earlier worker may have been inside
 };
 
 class WorkerProcess {
@@ -52,11 +57,17 @@ class WorkerProcess {
 
   Result<> Run(Fd old_uffd) {
     guarded_ = old_uffd.valid();
-    UNMOOR_ASSIGN(const bool direct_mapped, worker_.Begin(std::move(old_uffd)));
+    const bool restored = task_.task.stopped && !task_.again;
+    UNMOOR_ASSIGN(const bool direct_mapped,
+                  restored ? worker_.BeginRestored() : worker_.Begin(std::move(old_uffd)));
     guarded_ = true;
     if (direct_mapped && options_.eager) UNMOOR_TRY(worker_.Run());
     Post(MakeMessage(AgentMessage::Kind::kGuarded, task_.task.pid), worker_.uffd());
-    if (task_.task.stopped) UNMOOR_TRY(ResumeWhenTold());
+    if (task_.task.stopped) {
+      if (direct_mapped) worker_.Record();
+      Post(MakeMessage(AgentMessage::Kind::kRecorded, task_.task.pid), -1);
+      UNMOOR_TRY(ResumeWhenTold());
+    }
     if (!direct_mapped) return Finish();
     // The program's first moments, and the end of the command that restored it, come first.
     if (task_.task.stopped) UNMOOR_TRY(worker_.Watch(kFirstMoments, RemapAsked));
@@ -104,8 +115,6 @@ class WorkerProcess {
     if (!message || message->kind != AgentMessage::Kind::kResume) {
       return MachineError("told not to go on");
     }
-    if (!task_.task.stay_stopped) UNMOOR_TRY(ContinueUnnoticed(task_.task.pid));
-    Post(MakeMessage(AgentMessage::Kind::kRunning, task_.task.pid), -1);
     return {};
   }
 
@@ -135,6 +144,15 @@ class WorkerProcess {
   ExitProcess(result ? 0 : 1);
 }
 
+// Ready before its program is: what the first moments inside take is in memory already.
+[[noreturn]] void SpareMain(const AgentOptions& options, Fd socket) {
+  WarmUpWorker();
+  const auto message = NextMessage(socket.get());
+  if (!message || !*message || (*message)->kind != AgentMessage::Kind::kAdopt) ExitProcess(0);
+  const SupervisorTask task{Pid{(*message)->pid}, true, (*message)->stay_stopped};
+  WorkerMain({task, false}, options, std::move(socket), Fd());
+}
+
 // --- in the supervisor process
 // --------------------------------------------------------------------
 
@@ -144,13 +162,20 @@ struct Child {
   Fd socket;
   Fd uffd;
   bool done = false;
+  bool spare = false;  // its worker has no task yet
+  bool recorded = false;
+  bool told_to_run = false;  // but not said to run yet
   int restarts = 0;
 };
+
+constexpr size_t kMaxSpares = 16;
 
 class Supervisor {
  public:
   Supervisor(AgentOptions options, Fd command)
       : options_(std::move(options)), command_(std::move(command)) {}
+
+  void AwaitTasks(std::string view) { view_ = std::move(view); }
 
   Result<> Start(WorkerTask task, Fd uffd) {
     Child child;
@@ -161,7 +186,7 @@ class Supervisor {
   }
 
   void Loop() {
-    while (!children_.empty()) {
+    while (!children_.empty() || view_) {
       std::vector<int> fds = {command_.get()};
       for (const Child& child : children_) fds.push_back(child.socket.get());
       const bool idle = untold_.empty() && ended_.empty();
@@ -197,10 +222,13 @@ class Supervisor {
     if (pid.value == 0) {
       // Only what this worker needs: a descriptor of another program's would outlive its worker.
       const WorkerTask task = child.task;
+      const bool spare = child.spare;
       child.uffd.Reset();
       children_.clear();  // `child` may be one of them
       command_.Reset();
+      criu_.Reset();
       pair.ours.Reset();
+      if (spare) SpareMain(options_, std::move(pair.theirs));
       WorkerMain(task, options_, std::move(pair.theirs), std::move(uffd));
     }
     child.worker = pid;
@@ -211,11 +239,120 @@ class Supervisor {
   void OnCommand() {
     const auto message = NextMessage(command_.get());
     if (!message || !*message) {
-      command_.Reset();  // the command has ended; we go on
+      command_.Reset();  // the command has ended; we go on, unless the program does not run yet
+      if (view_) {
+        EndRestored();
+        GiveUp();
+      }
       return;
     }
+    switch ((*message)->kind) {
+      case AgentMessage::Kind::kRestoring:
+        if (auto criu = OpenPidFd(Pid{(*message)->pid})) {
+          criu_ = std::move(*criu);
+          criu_pid_ = Pid{(*message)->pid};
+        }
+        return;
+      case AgentMessage::Kind::kExpect:
+        Prepare((*message)->tasks);
+        return;
+      case AgentMessage::Kind::kAdopt:
+        Adopt(**message);
+        return;
+      case AgentMessage::Kind::kResume:
+        Resume(**message);
+        return;
+      case AgentMessage::Kind::kStandDown:
+        GiveUp();
+        return;
+      default:
+        return;
+    }
+  }
+
+  // While criu starts, and not before: it is what everybody waits for.
+  void Prepare(size_t tasks) {
+    for (size_t i = 0; i < std::min(tasks, kMaxSpares); ++i) {
+      Child child;
+      child.spare = true;
+      if (!Spawn(child, Fd())) break;
+      children_.push_back(std::move(child));
+    }
+    ForgetEndedProcesses();
+  }
+
+  void Adopt(const AgentMessage& message) {
+    const SupervisorTask task{Pid{message.pid}, true, message.stay_stopped};
+    const auto spare = std::ranges::find_if(children_, &Child::spare);
+    if (spare != children_.end()) {
+      spare->spare = false;
+      spare->task = {task, false};
+      (void)PostMessage(spare->socket.get(), message);
+    } else if (const auto started = Start({task, false}, Fd()); !started) {
+      SayThatItFailed(task.pid, started.error().message());
+    }
+  }
+
+  void Resume(const AgentMessage& message) {
+    view_.reset();
+    criu_.Reset();
     for (Child& child : children_) {
-      if (child.task.task.stopped) (void)PostMessage(child.socket.get(), **message);
+      if (child.spare) {
+        ended_.push_back(child.worker);
+        child.socket.Reset();  // it ends
+      }
+      SupervisorTask& task = child.task.task;
+      if (!task.stopped) continue;
+      const auto runs = task.stay_stopped ? Result<>() : ContinueUnnoticed(task.pid);
+      if (!runs) SayThatItFailed(task.pid, runs.error().message());
+      task.stopped = false;
+      child.told_to_run = runs.has_value();
+      (void)PostMessage(child.socket.get(), message);
+      SayThatItRuns(child);
+    }
+  }
+
+  void SayThatItFailed(Pid pid, const std::string& why) {
+    untold_.push_back(MakeMessage(AgentMessage::Kind::kFailed, pid, why));
+    TellUntold();
+  }
+
+  void SayThatItRuns(Child& child) {
+    if (!child.told_to_run || !child.recorded) return;
+    child.told_to_run = false;
+    untold_.push_back(MakeMessage(AgentMessage::Kind::kRunning, child.task.task.pid));
+    TellUntold();
+  }
+
+  // The command died before the program ran: nothing of it is to stay.
+  void EndRestored() {
+    // Below a criu that is at work, or below nobody once it has ended.
+    if (criu_.valid() && !WaitReadable(criu_.get(), Nanos(0)).value_or(true)) KillTree(criu_pid_);
+    if (const auto text = ReadFile(*view_ + "/pid", Bytes(64))) {
+      Pid root;
+      (void)std::from_chars(text->data(), text->data() + text->size(), root.value);
+      const auto process = ReadProcess(root);
+      if (process && (process->state == 'T' || process->state == 't')) KillTree(root);
+    }
+    for (const Child& child : children_) {
+      if (child.task.task.stopped) (void)SendSignal(child.task.task.pid, SIGKILL);
+    }
+    if (!view_->empty()) (void)RemoveTree(*view_);
+  }
+
+  // Workers end when their sockets do; the command may wait for our own end.
+  void GiveUp() {
+    const Nanos began = MonotonicNow();
+    for (Child& child : children_) {
+      ended_.push_back(child.worker);
+      child.socket.Reset();
+    }
+    children_.clear();
+    view_.reset();
+    untold_.clear();
+    while (!ended_.empty() && MonotonicNow() - began < kLastWords) {
+      std::erase_if(ended_, [](Pid worker) { return ReapChild(worker).has_value(); });
+      SleepFor(Nanos(1'000'000));
     }
   }
 
@@ -244,12 +381,12 @@ class Supervisor {
         it->uffd.Reset();
         FinishProgress(it->task.task.pid, OwnPid(), (*message)->text);
         break;
-      case Kind::kRunning:
-        it->task.task.stopped = false;
-        break;
+      case Kind::kRecorded:
+        it->recorded = true;
+        return SayThatItRuns(*it);
       case Kind::kProblem:
         break;
-      case Kind::kResume:
+      default:
         return;
     }
     // What becomes of the program's children concerns no command.
@@ -271,16 +408,23 @@ class Supervisor {
   void OnWorkerEnd(Child& child) {
     ended_.push_back(child.worker);  // its socket closes some moments before it can be reaped
     child.socket.Reset();
-    if (child.done) return;
+    if (child.done || child.spare) return;
     if (++child.restarts > kRestarts) {
-      FinishProgress(child.task.task.pid, OwnPid(), "its agent died again and again");
+      const std::string why = "its agent died again and again";
+      FinishProgress(child.task.task.pid, OwnPid(), why);
+      if (child.task.task.stopped) SayThatItFailed(child.task.task.pid, why);
       return;
     }
     spdlog::warn("the worker for process {} died; starting another", child.task.task.pid.value);
+    child.task.again = true;
+    child.recorded = false;
     // The helper sees its worker gone and leaves; the events wait in the userfaultfd.
     Fd uffd = std::move(child.uffd);
     if (const auto spawned = Spawn(child, std::move(uffd)); !spawned) {
       spdlog::error("{}", spawned.error().message());
+      if (child.task.task.stopped) {
+        SayThatItFailed(child.task.task.pid, spawned.error().message());
+      }
     }
   }
 
@@ -289,6 +433,9 @@ class Supervisor {
   std::deque<AgentMessage> untold_;  // to the command
   std::vector<Pid> ended_;           // workers, not reaped yet
   std::list<Child> children_;
+  std::optional<std::string> view_;  // until the program runs
+  Pid criu_pid_;
+  Fd criu_;
 };
 
 }  // namespace
@@ -313,21 +460,23 @@ Result<bool> TryPostMessage(int socket, const AgentMessage& message) {
 }
 
 Result<SupervisorHandle> StartSupervisor(const std::vector<SupervisorTask>& tasks,
-                                         const AgentOptions& options) {
+                                         const AgentOptions& options,
+                                         const std::optional<std::string>& view) {
   UNMOOR_ASSIGN(StreamPair pair, CreateMessagePair());
-  UNMOOR_ASSIGN(const std::optional<Pid> daemon,
+  UNMOOR_ASSIGN(std::optional<StartingDaemon> daemon,
                 ForkDaemon(pair.theirs.get(), options.log_file, "unmoor-agent"));
   if (daemon) {
     pair.theirs.Reset();
-    return SupervisorHandle{std::move(pair.ours), *daemon};
+    return SupervisorHandle{std::move(pair.ours), *std::move(daemon)};
   }
   (void)pair.ours.Release();  // closed by ForkDaemon
   if (!options.log_file.empty()) {
     spdlog::set_level(std::min(spdlog::get_level(), spdlog::level::info));
   }
-  ForgetEndedProcesses();
   IgnoreSignal();  // meant for a worker that has just died
   Supervisor supervisor(options, std::move(pair.theirs));
+  if (view) supervisor.AwaitTasks(*view);
+  if (!view) ForgetEndedProcesses();
   for (const SupervisorTask& task : tasks) {
     if (const auto started = supervisor.Start({task, false}, Fd()); !started) ExitProcess(1);
   }

@@ -4,10 +4,13 @@
 // Its own death harms nothing: workers go on alone. Single-threaded. See agent.h.
 #pragma once
 
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "agent/agent.h"
 #include "base/result.h"
+#include "os/daemon.h"
 #include "os/fd.h"
 
 namespace unmoor {
@@ -16,15 +19,22 @@ namespace unmoor {
 // SOCK_SEQPACKET socket. Plain data; a kGuarded or kForked message carries a userfaultfd.
 struct AgentMessage {
   enum class Kind : uint32_t {
-    kGuarded,   // worker: this program's memory behaves; the uffd to hold
-    kForked,    // worker: this child was born; its uffd
-    kFinished,  // worker: READY, or the program ended
-    kProblem,   // worker: text says why the remap does not go on; it watches and tries again
-    kFailed,    // worker: text says why it gave up; the program goes on direct-mapped
-    kResume,    // command → supervisor → worker: let the program run
-    kRunning,   // worker: it runs
+    kGuarded,    // worker: this program's memory behaves; the uffd to hold
+    kRecorded,   // worker: its progress file says that it is at work
+    kForked,     // worker: this child was born; its uffd
+    kFinished,   // worker: READY, or the program ended
+    kProblem,    // worker: text says why the remap does not go on; it watches and tries again
+    kFailed,     // worker: text says why it gave up; the program goes on direct-mapped
+    kRestoring,  // command → supervisor: pid is the criu at work
+    kExpect,     // command → supervisor: so many tasks will probably come
+    kAdopt,      // command → supervisor → worker: a restored task, stopped by SIGSTOP
+    kResume,     // command → supervisor → worker: the program runs
+    kStandDown,  // command → supervisor: it will not
+    kRunning,    // supervisor: it does, and its worker is on record
   } kind = Kind::kFailed;
   int32_t pid = 0;
+  uint64_t tasks = 0;
+  bool stay_stopped = false;  // of kAdopt: was stopped already when dumped
   RemapReport report;
   char text[512] = {};
 };
@@ -35,15 +45,20 @@ struct SupervisorTask {
   bool stay_stopped = false;
 };
 
-// Forks the supervisor; returns our end of its socket and its pid. It sends on every message of the
+// Our end of a supervisor's socket, and its pid once it has begun. It sends on every message of the
 // workers for `tasks`, none of those for their children, and never waits for them to be read; it
 // ends after the last worker.
+// With a `view` it waits for kAdopt to tell which tasks to guard, until kResume. It ends when the
+// command ends before that or says kStandDown; in the first case it also ends what was restored
+// until then (the criu of kRestoring and all below it, the tasks adopted) and removes `view`, which
+// holds criu's images and its pidfile ("pid") and may not be there yet.
 struct SupervisorHandle {
   Fd socket;
-  Pid pid;
+  StartingDaemon process;
 };
-[[nodiscard]] Result<SupervisorHandle> StartSupervisor(const std::vector<SupervisorTask>& tasks,
-                                                       const AgentOptions& options);
+[[nodiscard]] Result<SupervisorHandle> StartSupervisor(
+    const std::vector<SupervisorTask>& tasks, const AgentOptions& options,
+    const std::optional<std::string>& view = std::nullopt);
 
 // The next message; nothing when the supervisor is gone.
 [[nodiscard]] Result<std::optional<AgentMessage>> NextMessage(int socket, Fd* passed = nullptr);

@@ -45,18 +45,23 @@ Worker::Worker(Pid pid, const AgentOptions& options, OnFork on_fork)
       on_fork_(std::move(on_fork)),
       began_(MonotonicNow()) {}
 
-Result<bool> Worker::Begin(Fd old_uffd) {
-  old_uffd_ = std::move(old_uffd);
+Result<> Worker::Identify() {
   UNMOOR_ASSIGN(const ProcessInfo process, ReadProcess(pid_));
   start_time_ = process.start_time;
   UNMOOR_ASSIGN(const ProcessInfo own, ReadProcess(OwnPid()));
   nested_ = process.ns_pids.size() > own.ns_pids.size();
   UNMOOR_ASSIGN(pidfd_, OpenPidFd(pid_));
+  return {};
+}
+
+Result<bool> Worker::Begin(Fd old_uffd) {
+  old_uffd_ = std::move(old_uffd);
+  UNMOOR_TRY(Identify());
   if (AnotherAgentIsAtWork()) {
     return MachineError("another agent is at work on process {}", pid_.value);
   }
   UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid_));
-  UNMOOR_ASSIGN(const std::vector<Leftover> leftovers, FindLeftovers(pid_));
+  const std::vector<Leftover> leftovers = FindLeftovers(pid_, vmas);
   UNMOOR_ASSIGN(const std::vector<HelperChild> helpers, FindHelpers(pid_));
   RememberImages(vmas);
   const bool mapped = std::ranges::any_of(vmas, MapsPageImage);
@@ -67,6 +72,36 @@ Result<bool> Worker::Begin(Fd old_uffd) {
                HumanTime(options_.max_pause), options_.thp == ThpPolicy::kAuto ? "auto" : "never",
                options_.guard == GuardPolicy::kFreeze ? "freeze" : "fault");
   return true;
+}
+
+Result<bool> Worker::BeginRestored() {
+  UNMOOR_TRY(Identify());
+  bool anything = false;
+  UNMOOR_TRY(RepeatWhileBusy([&](Nanos stop_limit) -> Result<> {
+    auto injected = StopAndInjectRestored(stop_limit);
+    stop_.Release();
+    if (!injected) return Failure(injected.error());
+    anything = *injected;
+    return {};
+  }));
+  return anything;
+}
+
+Result<bool> Worker::StopAndInjectRestored(Nanos stop_limit) {
+  UNMOOR_TRY(stop_.Stop(stop_limit, {}));
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid_));
+  RememberImages(vmas);
+  const std::vector<Leftover> leftovers = FindLeftovers(pid_, vmas);
+  if (images_.empty() && leftovers.empty()) return false;
+  if (!leftovers.empty()) UNMOOR_TRY(RemoveHelperTraces(pid_, stop_.threads(), leftovers));
+  UNMOOR_TRY(InjectStopped(vmas));
+  return true;
+}
+
+void WarmUpWorker() {
+  (void)ReadSmaps(OwnPid());
+  (void)ReadProcess(OwnPid());
+  (void)ReadThreads(OwnPid());
 }
 
 // By the progress file, which a worker writes once it has begun. One of our own supervisor's is the
@@ -94,7 +129,7 @@ Result<> Worker::StopAndInject(Nanos stop_limit) {
   UNMOOR_TRY(WaitForEarlierHelpers());
   UNMOOR_TRY(KnowChildren());
   Result<> injected = stop_.Stop(stop_limit, [this] { return DrainOldEvents(); });
-  if (injected) injected = InjectStopped();
+  if (injected) injected = ReplaceStopped();
   if (!injected) {
     // Their threads believe to have given these ranges back, and are about to run.
     for (const VaddrRange range : given_back_) (void)OverwriteImage(range);
@@ -136,20 +171,21 @@ Result<> Worker::OverwriteImage(VaddrRange range) const {
   return {};
 }
 
-// With every thread of the program stopped.
-Result<> Worker::InjectStopped() {
-  UNMOOR_ASSIGN(const std::vector<Leftover> leftovers, FindLeftovers(pid_));
-  UNMOOR_TRY(RemoveHelperTraces(pid_, stop_.threads(), leftovers));
-  UNMOOR_ASSIGN(const HelperProcess helper, InjectHelper(pid_, stop_.threads()));
-  known_children_.insert(helper.pid.value);
-  UNMOOR_ASSIGN(link_, HelperLink::Connect(pid_, helper));
-  if (options_.guard == GuardPolicy::kFault) guard_.Begin(pid_, helper, stop_.threads());
-  OpList keep_out_of_children;
-  AddAdvice(keep_out_of_children, {helper.region, helper.region + Bytes(helper::kRegionSize)},
-            MADV_DONTFORK);
-  UNMOOR_TRY(link_.Must(keep_out_of_children, "madvise(MADV_DONTFORK) inside the program"));
-  UNMOOR_TRY(OpenTrackers());
+// With every thread of the program stopped, as InjectStopped.
+Result<> Worker::ReplaceStopped() {
   UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid_));
+  UNMOOR_TRY(RemoveHelperTraces(pid_, stop_.threads(), FindLeftovers(pid_, vmas)));
+  return InjectStopped(vmas);
+}
+
+Result<> Worker::InjectStopped(std::span<const VmaInfo> vmas) {
+  UNMOOR_ASSIGN(const HelperProcess helper, InjectHelper(pid_, stop_.threads(), vmas, nested_));
+  known_children_.insert(helper.pid.value);
+  OpList first;
+  UNMOOR_ASSIGN(link_, HelperLink::Connect(pid_, helper, first));
+  AddAdvice(first, {helper.region, helper.region + Bytes(helper::kRegionSize)}, MADV_DONTFORK);
+  UNMOOR_TRY(OpenTrackers(first));
+  if (options_.guard == GuardPolicy::kFault) guard_.Begin(pid_, helper, stop_.threads());
   UNMOOR_TRY(RegisterAreas(vmas));
   for (const VaddrRange range : given_back_) UNMOOR_TRY(Drop(range));
   return {};
@@ -175,47 +211,55 @@ Result<> Worker::WaitForEarlierHelpers() const {
   }
 }
 
-Result<> Worker::OpenTrackers() {
+// In one message with what is to come `first`.
+Result<> Worker::OpenTrackers(OpList& first) {
   const std::string proc = fmt::format("/proc/{}", pid_.value);
   UNMOOR_ASSIGN(pagemap_, OpenFile(proc + "/pagemap", O_RDONLY));
   UNMOOR_ASSIGN(maps_, OpenFile(proc + "/maps", O_RDONLY));
   UNMOOR_ASSIGN(memory_, OpenFile(proc + "/mem", O_RDONLY));
   UNMOOR_ASSIGN(tasks_, OpenFile(proc + "/task", O_RDONLY | O_DIRECTORY));
-  UNMOOR_ASSIGN(helper_pagemap_, link_.GiveFd(pagemap_.get()));
-  UNMOOR_ASSIGN(helper_maps_, link_.GiveFd(maps_.get()));
-  UNMOOR_ASSIGN(helper_memory_, link_.GiveFd(memory_.get()));
-  UNMOOR_ASSIGN(helper_tasks_, link_.GiveFd(tasks_.get()));
+  // Userfaultfds are made inside the program, since they belong to the address space of their
+  // maker.
+  const size_t made_at = first.size();
+  UNMOOR_CHECK(made_at + 2 <= helper::kReported);
+  for (int i = 0; i < 2; ++i) {
+    first.Syscall(SYS_userfaultfd, {O_CLOEXEC | O_NONBLOCK, 0, 0, 0, 0, 0}, true);
+  }
+  UNMOOR_ASSIGN(
+      const helper::Reply reply,
+      link_.RunGiving(first, std::array{pagemap_.get(), maps_.get(), memory_.get(), tasks_.get()}));
+  if (reply.error != 0) return SystemError(reply.error, "the helper's first steps");
+  helper_pagemap_ = reply.received_fds[0];
+  helper_maps_ = reply.received_fds[1];
+  helper_memory_ = reply.received_fds[2];
+  helper_tasks_ = reply.received_fds[3];
+  UNMOOR_ASSIGN(staging_, TakeUffd(reply.results[made_at], helper_staging_));
+  can_move_ = FaultPoint("kernel.uffdio_move") &&
+              UffdHandshake(staging_.get(), kernel::kUffdFeatureMove).has_value();
+  if (!can_move_) spdlog::info("no UFFDIO_MOVE here: huge pages are collapsed in the mirror");
   if (old_uffd_.valid()) {
     // Of this address space already: kept, so that nothing is unwatched in between.
     uffd_ = std::move(old_uffd_);
     UNMOOR_ASSIGN(helper_uffd_, link_.GiveFd(uffd_.get()));
-  } else {
-    UNMOOR_ASSIGN(uffd_, CreateUffd(helper_uffd_));
-    UNMOOR_TRY(UffdHandshake(uffd_.get(), UffdEventFeatures()));
+    return {};
   }
-  UNMOOR_ASSIGN(staging_, CreateUffd(helper_staging_));
-  can_move_ = FaultPoint("kernel.uffdio_move") &&
-              UffdHandshake(staging_.get(), kernel::kUffdFeatureMove).has_value();
-  if (!can_move_) spdlog::info("no UFFDIO_MOVE here: huge pages are collapsed in the mirror");
-  return {};
+  UNMOOR_ASSIGN(uffd_, TakeUffd(reply.results[made_at + 1], helper_uffd_));
+  return UffdHandshake(uffd_.get(), UffdEventFeatures());
 }
 
-// Made inside the program, since a userfaultfd belongs to the address space of its maker.
-Result<Fd> Worker::CreateUffd(int& helper_fd) {
-  OpList create;
-  create.Syscall(SYS_userfaultfd, {O_CLOEXEC | O_NONBLOCK, 0, 0, 0, 0, 0});
-  UNMOOR_ASSIGN(helper::Reply reply, link_.Run(create));
-  if (reply.error == EPERM || reply.error == ENOSYS) {
+// `made`: the helper's descriptor, or why it could not make one.
+Result<Fd> Worker::TakeUffd(int64_t made, int& helper_fd) {
+  if (made == -EPERM || made == -ENOSYS) {
     // The program may not; the device's opener decides, and that is us.
     UNMOOR_ASSIGN(const Fd device, OpenFile("/dev/userfaultfd", O_RDWR));
     UNMOOR_ASSIGN(const int helper_device, link_.GiveFd(device.get()));
     OpList by_device;
     by_device.Syscall(SYS_ioctl, {static_cast<uint64_t>(helper_device), USERFAULTFD_IOC_NEW,
                                   O_CLOEXEC | O_NONBLOCK, 0, 0, 0});
-    UNMOOR_ASSIGN(reply, link_.Run(by_device));
+    UNMOOR_ASSIGN(made, link_.Must(by_device, "userfaultfd inside the program"));
   }
-  if (reply.error != 0) return SystemError(reply.error, "userfaultfd inside the program");
-  helper_fd = static_cast<int>(reply.result);
+  if (made < 0) return SystemError(static_cast<int>(-made), "userfaultfd inside the program");
+  helper_fd = static_cast<int>(made);
   return link_.TakeFd(helper_fd);
 }
 
@@ -275,8 +319,7 @@ Result<> Worker::RemoveTracesStopped() {
   if (std::ranges::any_of(vmas, MapsPageImage)) {
     return SystemError(EPIPE, "the program moved memory as the remap ended");
   }
-  UNMOOR_ASSIGN(const std::vector<Leftover> leftovers, FindLeftovers(pid_));
-  return RemoveHelperTraces(pid_, stop_.threads(), leftovers);
+  return RemoveHelperTraces(pid_, stop_.threads(), FindLeftovers(pid_, vmas));
 }
 
 bool Worker::program_ended() const {

@@ -46,6 +46,11 @@ class Worker final : public Carrier {
   // `old_uffd`: of an earlier worker or of the fork; may be empty. Leaves the program as it was,
   // running or stopped by SIGSTOP. False: nothing is direct-mapped and nothing was done.
   [[nodiscard]] Result<bool> Begin(Fd old_uffd);
+  // The same for a program restored a moment ago: it is stopped by SIGSTOP and nobody has been
+  // inside since, so what only another agent can have left is not looked for. What it is doing is
+  // not in the progress file before Record().
+  [[nodiscard]] Result<bool> BeginRestored();
+  void Record() { SaveProgress(""); }
   [[nodiscard]] int uffd() const { return uffd_.get(); }
   // Remaps everything. Returns early without error when the program ends or calls exec.
   [[nodiscard]] Result<> Run();
@@ -94,10 +99,13 @@ class Worker final : public Carrier {
   [[nodiscard]] bool AnotherAgentIsAtWork() const;
   [[nodiscard]] Result<> RepeatWhileBusy(
       const std::function<Result<>(Nanos stop_limit)>& action) const;
+  [[nodiscard]] Result<> Identify();
   [[nodiscard]] Result<> StopAndInject(Nanos stop_limit);
+  [[nodiscard]] Result<bool> StopAndInjectRestored(Nanos stop_limit);
   [[nodiscard]] Result<bool> DrainOldEvents();
   [[nodiscard]] Result<> OverwriteImage(VaddrRange range) const;
-  [[nodiscard]] Result<> InjectStopped();
+  [[nodiscard]] Result<> ReplaceStopped();
+  [[nodiscard]] Result<> InjectStopped(std::span<const VmaInfo> vmas);
   [[nodiscard]] Result<> RemoveTraces(Nanos stop_limit);
   [[nodiscard]] Result<> RemoveTracesStopped();
   [[nodiscard]] Result<PlannedArea> PlanArea(Area area);
@@ -107,8 +115,8 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<> ExplainMoves(HeldEvents& events);
   [[nodiscard]] Result<helper::Reply> RunSwaps(const OpList& ops);
   [[nodiscard]] Result<> WaitForEarlierHelpers() const;
-  [[nodiscard]] Result<> OpenTrackers();
-  [[nodiscard]] Result<Fd> CreateUffd(int& helper_fd);
+  [[nodiscard]] Result<> OpenTrackers(OpList& first);
+  [[nodiscard]] Result<Fd> TakeUffd(int64_t made, int& helper_fd);
   [[nodiscard]] bool LeftAddressSpace() const;
   [[nodiscard]] Result<std::vector<PlannedArea>> PlanOnce();
   void RememberImages(std::span<const VmaInfo> vmas);
@@ -205,5 +213,9 @@ class Worker final : public Carrier {
   Nanos next_pin_check_;
   bool direct_io_ = false;  // the program has files open with O_DIRECT
 };
+
+// Does once what every worker does in its first moments, for a worker that waits for its program:
+// code and memory for it are then at hand.
+void WarmUpWorker();
 
 }  // namespace unmoor

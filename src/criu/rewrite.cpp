@@ -189,7 +189,8 @@ Result<> RewriteForDirectMap(const std::string& criu_directory, const std::strin
                              std::span<const LayerFile> layers) {
   UNMOOR_CHECK(criu_directory.starts_with('/'));
   UNMOOR_ASSIGN(FileTable files, FileTable::Read(criu_directory + "/files.img"));
-  std::set<std::string> written;
+  UNMOOR_ASSIGN(const std::vector<std::string> present, ListDirectory(view_directory));
+  std::set<std::string> written(present.begin(), present.end());
   for (const TaskMapping& task : tasks) {
     if (task.mappings.empty()) continue;
     UNMOOR_ASSIGN(MmImage mm, MmImage::Read(criu_directory, task.vpid));

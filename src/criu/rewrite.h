@@ -43,8 +43,8 @@ struct LayerFile {
 // The argument: "fd[7]:unmoor-layer-3".
 [[nodiscard]] std::string InheritFdArgument(int fd, uint32_t layer);
 
-// `criu_directory` is absolute; `view_directory` exists and is empty. `layers[i]` is layer i;
-// needed where a task has loads.
+// `criu_directory` is absolute; `view_directory` exists, and what it holds already (gate.h) stays.
+// `layers[i]` is layer i; needed where a task has loads.
 [[nodiscard]] Result<> RewriteForDirectMap(const std::string& criu_directory,
                                            const std::string& view_directory,
                                            std::span<const TaskMapping> tasks,

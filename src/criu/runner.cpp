@@ -9,10 +9,11 @@
 #include <cstdlib>
 
 #include "base/log.h"
-#include "criu/probe_cache.h"
+#include "os/daemon.h"
 #include "os/file.h"
+#include "os/pipe.h"
 #include "os/process_control.h"
-#include "os/procfs.h"
+#include "os/process_tree.h"
 
 namespace unmoor::criu {
 namespace {
@@ -106,14 +107,6 @@ bool SharesOurTerminal(const CriuCommand& command) {
                              [](const std::string& a) { return a == "-j" || a == "--shell-job"; });
 }
 
-// Everything below criu first, so that nothing is left to an absent parent.
-void KillTree(ChildProcess& criu) {
-  if (const auto tree = ReadTree(criu.pid())) {
-    for (auto pid = tree->rbegin(); pid != tree->rend(); ++pid) (void)SendSignal(*pid, SIGKILL);
-  }
-  (void)criu.Signal(SIGKILL);
-}
-
 }  // namespace
 
 std::string ToString(CriuVersion version) {
@@ -169,7 +162,19 @@ Result<CriuBinary> FindCriu(const std::optional<std::string>& option, VersionChe
   return criu;
 }
 
-Result<CriuOutcome> RunCriu(const CriuBinary& criu, const CriuCommand& command) {
+RunningCriu::RunningCriu(CriuBinary criu, CriuCommand command, ProbeCache cache, ChildProcess child)
+    : criu_(std::move(criu)),
+      command_(std::move(command)),
+      cache_(std::move(cache)),
+      child_(std::make_unique<ChildProcess>(std::move(child))) {}
+
+RunningCriu::~RunningCriu() {
+  if (!child_) return;
+  KillTree(child_->pid());
+  (void)child_->Wait();
+}
+
+Result<RunningCriu> RunningCriu::Start(const CriuBinary& criu, CriuCommand command) {
   UNMOOR_CHECK(!command.args.empty() && command.log_path.starts_with('/'));
   // What criu says before it has opened its log (of a wrong option, say) goes to the same file.
   UNMOOR_ASSIGN(const Fd log,
@@ -185,26 +190,49 @@ Result<CriuOutcome> RunCriu(const CriuBinary& criu, const CriuCommand& command) 
   spawn.stdout_fd = log.get();
   spawn.stderr_fd = log.get();
   spawn.own_process_group = !SharesOurTerminal(command);
-  const ProbeCache cache = InstallProbeCache(criu);
+  ProbeCache cache = InstallProbeCache(criu);
   UNMOOR_ASSIGN(ChildProcess child, Spawn(spawn));
+  return RunningCriu(criu, std::move(command), std::move(cache), std::move(child));
+}
 
-  CriuOutcome outcome;
-  const int wake = command.interrupt == nullptr ? -1 : command.interrupt->get();
-  for (;;) {
-    UNMOOR_ASSIGN(const bool ended, child.WaitReadable(Nanos(-1), wake));
-    if (ended) break;
-    if (command.interrupt->Take() == 0) continue;
-    if (outcome.interrupted) {
-      spdlog::warn("interrupted again: killing criu");
-      KillTree(child);
-    } else {
-      outcome.interrupted = true;
-      if (command.on_interrupt) command.on_interrupt();
-    }
+void RunningCriu::TakeInterrupt() {
+  if (command_.interrupt->Take() == 0) return;
+  if (outcome_.interrupted) {
+    spdlog::warn("interrupted again: killing criu");
+    KillTree(child_->pid());
+    return;
   }
-  UNMOOR_ASSIGN(outcome.status, child.Wait());
-  if (!outcome.status.ok()) return Explain(criu, command, outcome.status);
-  return outcome;
+  outcome_.interrupted = true;
+  if (command_.on_interrupt) command_.on_interrupt();
+}
+
+Result<bool> RunningCriu::WaitFor(int fd) {
+  UNMOOR_CHECK(child_ != nullptr);
+  const int wake = command_.interrupt == nullptr ? -1 : command_.interrupt->get();
+  for (;;) {
+    UNMOOR_ASSIGN(const std::vector<int> ready,
+                  WaitAnyReadable({fd, child_->pidfd(), wake}, Nanos(-1)));
+    const auto is_ready = [&](int one) { return std::ranges::find(ready, one) != ready.end(); };
+    if (fd >= 0 && is_ready(fd)) {
+      if (!PipeHasEnded(fd)) return true;
+      fd = -1;
+    }
+    if (is_ready(child_->pidfd())) return false;
+    if (wake >= 0 && is_ready(wake)) TakeInterrupt();
+  }
+}
+
+Result<CriuOutcome> RunningCriu::Finish() {
+  UNMOOR_TRY(WaitFor(-1));
+  const std::unique_ptr<ChildProcess> child = std::move(child_);
+  UNMOOR_ASSIGN(outcome_.status, child->Wait());
+  if (!outcome_.status.ok()) return Explain(criu_, command_, outcome_.status);
+  return outcome_;
+}
+
+Result<CriuOutcome> RunCriu(const CriuBinary& criu, const CriuCommand& command) {
+  UNMOOR_ASSIGN(RunningCriu running, RunningCriu::Start(criu, command));
+  return running.Finish();
 }
 
 std::vector<std::string> DecisiveLogLines(const std::string& log_path, size_t count) {

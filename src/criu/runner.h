@@ -8,6 +8,7 @@
 
 #include <compare>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -15,6 +16,7 @@
 
 #include "base/result.h"
 #include "base/units.h"
+#include "criu/probe_cache.h"
 #include "os/spawn.h"
 
 namespace unmoor::criu {
@@ -63,9 +65,36 @@ struct CriuOutcome {
       false;  // an interrupt came while criu ran (it may have succeeded all the same)
 };
 
-// Runs criu to its end. An error when it could not be started or did not exit with 0: the message
-// holds the first of criu's own error lines and the path of the whole log. `--log-file` and `-v2`
-// are added before `args`, so that later options win.
+// criu under way. One that is not waited for to its end is killed with all that is below it.
+class RunningCriu {
+ public:
+  // `--log-file` and `-v2` are added before `args`, so that later options win.
+  [[nodiscard]] static Result<RunningCriu> Start(const CriuBinary& criu, CriuCommand command);
+  RunningCriu(RunningCriu&&) noexcept = default;
+  RunningCriu& operator=(RunningCriu&&) = delete;
+  ~RunningCriu();
+
+  [[nodiscard]] Pid pid() const { return child_->pid(); }
+  // True once there is something to read in the pipe `fd`, false when criu ended without.
+  [[nodiscard]] Result<bool> WaitFor(int fd);
+  // Runs it to its end. An error when it did not exit with 0: the message holds the first of criu's
+  // own error lines and the path of the whole log.
+  [[nodiscard]] Result<CriuOutcome> Finish();
+  // An interrupt has come meanwhile; true also where criu failed for it.
+  [[nodiscard]] bool interrupted() const { return outcome_.interrupted; }
+
+ private:
+  RunningCriu(CriuBinary criu, CriuCommand command, ProbeCache cache, ChildProcess child);
+  void TakeInterrupt();
+
+  CriuBinary criu_;
+  CriuCommand command_;
+  ProbeCache cache_;
+  std::unique_ptr<ChildProcess> child_;  // empty: it has ended and is reaped
+  CriuOutcome outcome_;
+};
+
+// Start and Finish.
 [[nodiscard]] Result<CriuOutcome> RunCriu(const CriuBinary& criu, const CriuCommand& command);
 
 // criu's "Error (…)" lines of a log, the first `count`, without duplicates.

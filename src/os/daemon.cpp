@@ -12,6 +12,7 @@
 #include <csignal>
 
 #include "os/fd.h"
+#include "os/pipe.h"
 
 namespace unmoor {
 namespace {
@@ -41,37 +42,39 @@ Result<Pid> ForkProcess() {
   return Pid{pid};
 }
 
-Result<std::optional<Pid>> ForkDaemon(int keep, const std::string& log_file,
-                                      const std::string& name) {
-  int pipe_fds[2] = {-1, -1};
-  if (::pipe2(pipe_fds, O_CLOEXEC) != 0) return SystemError(errno, "cannot create a pipe");
-  const Fd read_end(pipe_fds[0]);
-  Fd write_end(pipe_fds[1]);
+Result<std::optional<StartingDaemon>> ForkDaemon(int keep, const std::string& log_file,
+                                                 const std::string& name) {
+  UNMOOR_ASSIGN(Pipe pipe, Pipe::Create());
   UNMOOR_ASSIGN(const Pid middle, ForkProcess());
-  if (middle.value == 0) {
-    ::setsid();
-    const pid_t daemon = ::fork();
-    if (daemon != 0) {
-      (void)!::write(write_end.get(), &daemon, sizeof(daemon));
-      ::_exit(0);
-    }
-    DetachStreams(log_file);
-    CloseAllBut(keep);
-    ::prctl(PR_SET_NAME, name.c_str());
-    for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGPIPE}) {
-      ::signal(number, SIG_IGN);  // a program depends on us: we end when it no longer does
-    }
-    sigset_t none;
-    ::sigemptyset(&none);
-    ::sigprocmask(SIG_SETMASK, &none, nullptr);
-    return std::optional<Pid>();
+  if (middle.value != 0) return std::optional(StartingDaemon(middle, std::move(pipe.reader)));
+  ::setsid();
+  const pid_t daemon = ::fork();
+  if (daemon != 0) {
+    (void)!::write(pipe.writer.get(), &daemon, sizeof(daemon));
+    ::_exit(0);
   }
-  write_end.Reset();
+  DetachStreams(log_file);
+  CloseAllBut(keep);
+  ::prctl(PR_SET_NAME, name.c_str());
+  for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGPIPE}) {
+    ::signal(number, SIG_IGN);  // a program depends on us: we end when it no longer does
+  }
+  sigset_t none;
+  ::sigemptyset(&none);
+  ::sigprocmask(SIG_SETMASK, &none, nullptr);
+  ::prctl(PR_SET_TIMERSLACK, 1);  // programs stand still while we wait for their threads
+  (void)pipe.reader.Release();    // closed already
+  (void)pipe.writer.Release();
+  return std::optional<StartingDaemon>();
+}
+
+Result<Pid> StartingDaemon::Wait() {
+  if (middle_.value == 0) return MachineError("cannot start the agent");
   pid_t daemon = -1;
-  const ssize_t n = ::read(read_end.get(), &daemon, sizeof(daemon));
-  ::waitpid(middle.value, nullptr, 0);
+  const ssize_t n = ::read(pipe_.get(), &daemon, sizeof(daemon));
+  ::waitpid(std::exchange(middle_, Pid{}).value, nullptr, 0);
   if (n != sizeof(daemon) || daemon < 0) return MachineError("cannot start the agent");
-  return std::optional<Pid>(Pid{daemon});
+  return Pid{daemon};
 }
 
 Result<Fd> Duplicate(int fd) {

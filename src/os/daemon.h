@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/result.h"
@@ -13,11 +14,27 @@ namespace unmoor {
 
 // fork(2): pid 0 in the child.
 [[nodiscard]] Result<Pid> ForkProcess();
-// A process of its own session, not our child, with standard streams on /dev/null (stderr on
-// `log_file` if not empty) and no descriptor but `keep`. Returns its pid in the caller and nothing
-// in the new process, whose comm is `name`.
-[[nodiscard]] Result<std::optional<Pid>> ForkDaemon(int keep, const std::string& log_file,
-                                                    const std::string& name);
+// A process of its own session, not our child, with standard streams on /dev/null (stderr on a log
+// file if asked for) and no descriptor but one. Becoming that takes two forks; meanwhile the caller
+// has this.
+class StartingDaemon {
+ public:
+  StartingDaemon(Pid middle, Fd pipe) : middle_(middle), pipe_(std::move(pipe)) {}
+  StartingDaemon(StartingDaemon&& other) noexcept
+      : middle_(std::exchange(other.middle_, Pid{})), pipe_(std::move(other.pipe_)) {}
+  StartingDaemon& operator=(StartingDaemon&&) = delete;
+  ~StartingDaemon() { (void)Wait(); }
+  // Its pid, once it is not below us any more. Call once.
+  [[nodiscard]] Result<Pid> Wait();
+
+ private:
+  Pid middle_;
+  Fd pipe_;
+};
+// Keeps `keep`. Nothing in the new process, whose comm is `name`.
+[[nodiscard]] Result<std::optional<StartingDaemon>> ForkDaemon(int keep,
+                                                               const std::string& log_file,
+                                                               const std::string& name);
 [[nodiscard]] Result<Fd> Duplicate(int fd);  // close-on-exec
 // Without running destructors or atexit handlers.
 [[noreturn]] void ExitProcess(int code);

@@ -124,7 +124,7 @@ Result<std::string> ReadFile(const std::string& path, Bytes limit) {
   std::string text;
   for (;;) {
     const size_t had = text.size();
-    const size_t chunk = std::max<size_t>(had, 4096);
+    const size_t chunk = std::max<size_t>(had, 16384);
     text.resize(had + chunk);
     UNMOOR_ASSIGN(const size_t n,
                   ReadStream(fd.get(), std::as_writable_bytes(std::span(text)).subspan(had), path));

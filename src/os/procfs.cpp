@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
-#include <sstream>
 
 #include "os/file.h"
 
@@ -24,6 +23,14 @@ std::string_view NextWord(std::string_view& line) {
   const std::string_view word = line.substr(begin, end - begin);
   line.remove_prefix(end);
   return word;
+}
+
+// Splits off the next line of `text`.
+std::string_view NextLine(std::string_view& text) {
+  const size_t end = std::min(text.find('\n'), text.size());
+  const std::string_view line = text.substr(0, end);
+  text.remove_prefix(std::min(end + 1, text.size()));
+  return line;
 }
 
 template <class T>
@@ -141,10 +148,9 @@ Result<ProcessInfo> ReadProcess(Pid pid) {
   const std::string base = fmt::format("/proc/{}", pid.value);
   ProcessInfo info;
   UNMOOR_ASSIGN(const std::string status, ReadFile(base + "/status"));
-  std::istringstream lines(status);
   bool has_memory = false;
-  for (std::string line; std::getline(lines, line);) {
-    std::string_view rest = line;
+  for (std::string_view lines = status; !lines.empty();) {
+    std::string_view rest = NextLine(lines);
     const size_t colon = rest.find(':');
     if (colon == std::string_view::npos) continue;
     const std::string_view key = rest.substr(0, colon);
@@ -180,9 +186,8 @@ Result<ProcessInfo> ReadProcess(Pid pid) {
 Result<SignalSets> ReadSignalSets(Pid pid) {
   SignalSets sets;
   UNMOOR_ASSIGN(const std::string status, ReadFile(fmt::format("/proc/{}/status", pid.value)));
-  std::istringstream lines(status);
-  for (std::string line; std::getline(lines, line);) {
-    std::string_view rest = line;
+  for (std::string_view lines = status; !lines.empty();) {
+    std::string_view rest = NextLine(lines);
     const std::string_view key = NextWord(rest);
     if (key == "SigBlk:") Parse(NextWord(rest), 16, sets.blocked);
     if (key == "SigIgn:") Parse(NextWord(rest), 16, sets.ignored);

@@ -13,6 +13,7 @@
 #include <cerrno>
 #include <utility>
 
+#include "os/backoff.h"
 #include "os/process_control.h"
 #include "os/procfs.h"
 #include "os/remote_memory.h"
@@ -198,6 +199,7 @@ Result<int64_t> StoppedThread::RunRemote(Vaddr instruction, uint64_t number,
 Result<> StoppedThread::EndRemote() {
   if (!remote_) return {};
   remote_ = false;
+  if (!InSystemCall(saved_)) return {};  // RunRemote has restored everything
   // Back into a stop of the kind we found it in, before any instruction runs, so that the kernel's
   // own logic restarts a system call that our first stop interrupted.
   if (Ptrace(PTRACE_INTERRUPT, thread_, 0, nullptr) != 0) {
@@ -305,6 +307,7 @@ Result<bool> ProgramStop::SeizeNew() {
 
 Result<> ProgramStop::Stop(Nanos limit, const std::function<Result<bool>()>& on_late) {
   Nanos began = MonotonicNow();
+  int idle = 0;
   for (bool settled = false;;) {
     UNMOOR_ASSIGN(const bool found, SeizeNew());
     std::erase_if(threads_,
@@ -328,7 +331,7 @@ Result<> ProgramStop::Stop(Nanos limit, const std::function<Result<bool>()>& on_
       UNMOOR_ASSIGN(const bool lets_go_on, on_late());
       if (lets_go_on) began = MonotonicNow();
     }
-    SleepFor(Nanos(20'000));
+    WaitALittle(idle++);
   }
   if (threads_.empty()) {
     return Failure(Error(ErrorKind::kMachine, ESRCH, fmt::format("process {} ended", pid_.value)));

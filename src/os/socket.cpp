@@ -51,19 +51,26 @@ void DiscardStream(int fd, std::span<std::byte> scratch) {
 
 Result<> SendMessage(int fd, std::span<const std::byte> data, int passed_fd,
                      const std::string& name) {
+  return SendMessage(fd, data, std::span(&passed_fd, passed_fd >= 0 ? 1 : 0), name);
+}
+
+Result<> SendMessage(int fd, std::span<const std::byte> data, std::span<const int> passed_fds,
+                     const std::string& name) {
+  constexpr size_t kMaxPassed = 16;
+  UNMOOR_CHECK(passed_fds.size() <= kMaxPassed);
   iovec iov{const_cast<std::byte*>(data.data()), data.size()};
-  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(kMaxPassed * sizeof(int))> control{};
   msghdr message{};
   message.msg_iov = &iov;
   message.msg_iovlen = 1;
-  if (passed_fd >= 0) {
+  if (!passed_fds.empty()) {
     message.msg_control = control.data();
-    message.msg_controllen = control.size();
+    message.msg_controllen = CMSG_SPACE(passed_fds.size_bytes());
     cmsghdr* header = CMSG_FIRSTHDR(&message);
     header->cmsg_level = SOL_SOCKET;
     header->cmsg_type = SCM_RIGHTS;
-    header->cmsg_len = CMSG_LEN(sizeof(int));
-    std::memcpy(CMSG_DATA(header), &passed_fd, sizeof(int));
+    header->cmsg_len = CMSG_LEN(passed_fds.size_bytes());
+    std::memcpy(CMSG_DATA(header), passed_fds.data(), passed_fds.size_bytes());
   }
   ssize_t n = 0;
   do {

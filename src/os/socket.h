@@ -28,6 +28,9 @@ void DiscardStream(int fd, std::span<std::byte> scratch);
 // One message over a SOCK_SEQPACKET or SOCK_DGRAM socket, with a descriptor (-1: none) beside it.
 [[nodiscard]] Result<> SendMessage(int fd, std::span<const std::byte> data, int passed_fd,
                                    const std::string& name);
+// With at most 16 descriptors.
+[[nodiscard]] Result<> SendMessage(int fd, std::span<const std::byte> data,
+                                   std::span<const int> passed_fds, const std::string& name);
 // The same without waiting: false when the peer must read first.
 [[nodiscard]] Result<bool> TrySendMessage(int fd, std::span<const std::byte> data,
                                           const std::string& name);

@@ -14,6 +14,8 @@
 #include <chrono>
 #include <cstdint>
 
+#include "os/pipe.h"
+
 extern char** environ;
 
 namespace unmoor {
@@ -137,23 +139,20 @@ Result<ChildProcess> Spawn(const SpawnOptions& options) {
 }
 
 Result<CommandOutput> RunAndCollect(const std::vector<std::string>& argv, Bytes limit) {
-  int ends[2];
-  if (::pipe2(ends, O_CLOEXEC) != 0) return SystemError(errno, "cannot make a pipe");
-  const Fd reader(ends[0]);
-  Fd writer(ends[1]);
+  UNMOOR_ASSIGN(Pipe pipe, Pipe::Create());
   const Fd null(::open("/dev/null", O_RDONLY | O_CLOEXEC));
   SpawnOptions options;
   options.argv = argv;
   options.stdin_fd = null.get();
-  options.stdout_fd = writer.get();
-  options.stderr_fd = writer.get();
+  options.stdout_fd = pipe.writer.get();
+  options.stderr_fd = pipe.writer.get();
   UNMOOR_ASSIGN(ChildProcess child, Spawn(options));
-  writer.Reset();
+  pipe.writer.Reset();
 
   CommandOutput output;
   char buffer[4096];
   for (;;) {
-    const ssize_t n = ::read(reader.get(), buffer, sizeof buffer);
+    const ssize_t n = ::read(pipe.reader.get(), buffer, sizeof buffer);
     if (n < 0 && errno == EINTR) continue;
     if (n <= 0) break;
     const size_t room = limit.value - output.text.size();

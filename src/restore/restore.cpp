@@ -2,6 +2,7 @@
 #include "restore/restore.h"
 
 #include <fcntl.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include "agent/known_image.h"
 #include "base/fault_point.h"
 #include "base/log.h"
+#include "criu/gate.h"
 #include "criu/rewrite.h"
 #include "criu/runner.h"
 #include "image/directory_lock.h"
@@ -27,35 +29,52 @@
 namespace unmoor {
 namespace {
 
-constexpr int kFirstLayerFd = 3;  // inside criu
+constexpr int kGateFd = 3;  // inside criu: two of the gate, then the layers
+constexpr int kFirstLayerFd = 5;
 // A program just killed keeps its id until it has ended and its parent has reaped it.
 constexpr Nanos kZombiePatience{5'000'000'000};
 constexpr Nanos kDyingPatience{250'000'000};
+constexpr size_t kLayersAtOnce = 16;
+constexpr std::string_view kPagesSuffix = ".pages";
 
 // A directory that is gone when we are done, whatever happens. criu's log is moved out on failure.
 class TemporaryView {
  public:
-  [[nodiscard]] static Result<TemporaryView> Create() {
+  // Its name, before it is there: so that the agent can know it. `in_memory`: preferably on a
+  // tmpfs.
+  [[nodiscard]] static Result<TemporaryView> Named(bool in_memory) {
     const char* const named = std::getenv("TMPDIR");
-    std::string last = "/tmp";
-    for (const std::string& parent :
-         {std::string(named != nullptr ? named : ""), std::string("/run"), last}) {
-      if (parent.empty()) continue;
-      if (auto path = MakeTemporaryDirectory(parent, "unmoor-restore-")) {
-        TemporaryView view;
-        view.path_ = *path;
-        UNMOOR_TRY(MakeDirectory(view.images(), 0700));
-        return view;
-      }
+    std::vector<std::string> parents = {"/run", "/tmp"};
+    if (in_memory && !IsTmpfs("/run").value_or(false) && IsTmpfs("/dev/shm").value_or(false)) {
+      parents.insert(parents.begin(), "/dev/shm");
     }
-    return MachineError("cannot make a temporary directory in /run or /tmp; set TMPDIR");
+    if (named != nullptr) parents.insert(parents.begin(), named);
+    const auto parent = std::ranges::find_if(parents, [](const std::string& path) {
+      return OpenFile(path, O_PATH | O_DIRECTORY).has_value();
+    });
+    if (parent == parents.end()) {
+      return MachineError("cannot make a temporary directory in /run or /tmp; set TMPDIR");
+    }
+    TemporaryView view;
+    view.path_ = fmt::format("{}/unmoor-restore-{}-{:x}", *parent, OwnPid().value,
+                             static_cast<uint64_t>(MonotonicNow().value));
+    return view;
   }
-  TemporaryView(TemporaryView&& other) noexcept : path_(std::exchange(other.path_, {})) {}
+  TemporaryView(TemporaryView&& other) noexcept
+      : path_(std::exchange(other.path_, {})), made_(std::exchange(other.made_, false)) {}
   TemporaryView& operator=(TemporaryView&&) = delete;
-  ~TemporaryView() {
-    if (!path_.empty()) (void)RemoveTree(path_);
+  ~TemporaryView() { Remove(); }
+
+  [[nodiscard]] Result<> Create() {
+    UNMOOR_TRY(MakeDirectory(path_, 0700));
+    made_ = true;
+    return MakeDirectory(images(), 0700);
+  }
+  void Remove() {
+    if (std::exchange(made_, false)) (void)RemoveTree(path_);
   }
 
+  [[nodiscard]] const std::string& path() const { return path_; }
   [[nodiscard]] std::string images() const { return path_ + "/images"; }
   [[nodiscard]] std::string pidfile() const { return path_ + "/pid"; }
   [[nodiscard]] std::string log() const { return path_ + "/criu.log"; }
@@ -63,12 +82,13 @@ class TemporaryView {
   void KeepLog() {
     (void)RemoveTree(images());
     (void)RemoveTree(pidfile());
-    if (Exists(log())) path_.clear();
+    if (Exists(log())) made_ = false;
   }
 
  private:
   TemporaryView() = default;
   std::string path_;
+  bool made_ = false;
 };
 
 // The view is made of symbolic links to CRIU's files. A program with a mount namespace of its own
@@ -84,6 +104,7 @@ Result<> ReplaceLinksForMountNamespace(const std::string& criu_directory, const 
     const std::string from = criu_directory + "/" + name;
     const std::string to = view + "/" + name;
     // O_NOFOLLOW fails on links only: what was rewritten is a file already.
+    if (criu::Gate::IsPartOf(name)) continue;
     if (!Exists(to) || OpenFile(to, O_RDONLY | O_NOFOLLOW)) continue;
     UNMOOR_TRY(RemoveFile(to));
     if (!HardLink(from, to)) UNMOOR_TRY(CopyFile(from, to));
@@ -105,19 +126,36 @@ class Restorer {
 
  private:
   [[nodiscard]] Result<> Lock();
+  [[nodiscard]] bool MayStartAtOnce() const;
+  [[nodiscard]] Result<> ListLayers();
   [[nodiscard]] Result<> Open();
+  [[nodiscard]] Result<> NumberLayers();
   [[nodiscard]] Result<> CheckFreePids() const;
-  [[nodiscard]] Result<> RunCriu(const TemporaryView& view, InterruptFd& interrupt);
+  [[nodiscard]] Result<Fd> Restore(TemporaryView& view, std::optional<WaitingAgent>& agent,
+                                   InterruptFd& interrupt);
+  [[nodiscard]] Result<> Finish(criu::RunningCriu& criu);
+  [[nodiscard]] Result<> FillView(const TemporaryView& view) const;
   [[nodiscard]] std::set<size_t> MappedLayers() const;
-  [[nodiscard]] criu::CriuCommand Command(const TemporaryView& view) const;
+  [[nodiscard]] criu::CriuCommand Command(const TemporaryView& view, const criu::Gate& gate,
+                                          InterruptFd& interrupt) const;
+  [[nodiscard]] Result<std::vector<Pid>> ReadForkedTree(Pid root) const;
   [[nodiscard]] Result<RestoredTasks> FindTasks(const TemporaryView& view) const;
-  [[nodiscard]] Result<> LetRun(const RestoredTasks& tasks, InterruptFd& interrupt);
+  [[nodiscard]] Result<> Remap(const RestoredTasks& tasks, InterruptFd& interrupt) const;
 
   const RestoreOptions& options_;
   const RestoreObserver& observer_;
   std::string image_;  // the directory asked for, or what it was unpacked to
   std::string directory_;
   DirectoryLock lock_;  // until criu has read everything
+  // What DIR holds, whatever the manifest says: criu can be given it before that is read. The
+  // plan's layers are numbered as these.
+  struct ListedLayer {
+    std::string id;
+    std::string path;
+    Fd pages;
+  };
+  std::vector<ListedLayer> listed_;
+  bool opened_ = false;  // from here on:
   Manifest manifest_;
   std::vector<LayerReader> layers_;
   RestorePlan plan_;
@@ -134,6 +172,40 @@ Result<> Restorer::Lock() {
   return {};
 }
 
+// It looks like a checkpoint of processes. Whether it is a good one is seen while criu starts.
+bool Restorer::MayStartAtOnce() const {
+  return Exists(ManifestPath(image_)) && Exists(CriuDirectory(image_) + "/pstree.img") &&
+         listed_.size() <= kLayersAtOnce;
+}
+
+Result<> Restorer::ListLayers() {
+  const auto names = ListDirectory(LayersDirectory(image_));
+  if (!names) return {};  // the manifest tells whether that is wrong
+  for (const std::string& name : *names) {
+    if (!name.ends_with(kPagesSuffix)) continue;
+    ListedLayer layer;
+    layer.id = name.substr(0, name.size() - kPagesSuffix.size());
+    layer.path = LayersDirectory(image_) + "/" + name;
+    UNMOOR_ASSIGN(layer.pages, OpenFile(layer.path, O_RDONLY));
+    listed_.push_back(std::move(layer));
+  }
+  return {};
+}
+
+Result<> Restorer::NumberLayers() {
+  std::vector<uint32_t> numbers;
+  for (const LayerReader& layer : layers_) {
+    const auto found = std::ranges::find(listed_, layer.id(), &ListedLayer::id);
+    if (found == listed_.end()) return MachineError("{} has just appeared", layer.pages_path());
+    numbers.push_back(static_cast<uint32_t>(found - listed_.begin()));
+  }
+  for (criu::TaskMapping& task : plan_.tasks) {
+    for (criu::DirectMapping& mapping : task.mappings) mapping.layer = numbers[mapping.layer];
+    for (criu::DirectMapping& load : task.loads) load.layer = numbers[load.layer];
+  }
+  return {};
+}
+
 Result<> Restorer::Open() {
   UNMOOR_ASSIGN(manifest_, ReadManifest(image_));
   UNMOOR_ASSIGN(directory_, RealPath(image_));
@@ -146,6 +218,8 @@ Result<> Restorer::Open() {
     layers_.push_back(std::move(reader));
   }
   UNMOOR_ASSIGN(plan_, PlanRestore(manifest_, infos, directory_));
+  UNMOOR_TRY(NumberLayers());
+  opened_ = true;
   report_.mapped = plan_.mapped;
   report_.data = plan_.data;
   report_.loaded = plan_.loaded;
@@ -162,13 +236,17 @@ std::set<size_t> Restorer::MappedLayers() const {
   return layers;
 }
 
-criu::CriuCommand Restorer::Command(const TemporaryView& view) const {
+criu::CriuCommand Restorer::Command(const TemporaryView& view, const criu::Gate& gate,
+                                    InterruptFd& interrupt) const {
   criu::CriuCommand command;
   command.args = {"restore", "-D", view.images(), "-d", "--pidfile", view.pidfile()};
-  if (plan_.mappings > 0) command.args.push_back("--leave-stopped");
-  for (const size_t i : MappedLayers()) {
+  command.fds = gate.fds();
+  if (!listed_.empty()) command.args.push_back("--leave-stopped");
+  const std::set<size_t> mapped = MappedLayers();
+  for (size_t i = 0; i < listed_.size(); ++i) {
+    if (opened_ && !mapped.contains(i)) continue;
     const int as = kFirstLayerFd + static_cast<int>(i);
-    command.fds.push_back({layers_[i].pages_fd().get(), as});
+    command.fds.push_back({listed_[i].pages.get(), as});
     command.args.push_back("--inherit-fd");
     command.args.push_back(criu::InheritFdArgument(as, static_cast<uint32_t>(i)));
   }
@@ -176,6 +254,8 @@ criu::CriuCommand Restorer::Command(const TemporaryView& view) const {
   command.args.insert(command.args.end(), options_.criu_arguments.begin(),
                       options_.criu_arguments.end());
   command.log_path = view.log();
+  command.interrupt = &interrupt;
+  command.on_interrupt = [] { SignalDescendants(SIGKILL); };
   return command;
 }
 
@@ -208,23 +288,23 @@ Result<> Restorer::CheckFreePids() const {
   return {};
 }
 
-Result<> Restorer::RunCriu(const TemporaryView& view, InterruptFd& interrupt) {
-  UNMOOR_ASSIGN(const criu::CriuBinary criu,
-                criu::FindCriu(options_.criu, criu::VersionCheck::kOnFailure));
-  criu::CriuCommand command = Command(view);
-  bool interrupted = false;
-  command.interrupt = &interrupt;
-  command.on_interrupt = [&] {
-    interrupted = true;
-    SignalDescendants(SIGKILL);
-  };
-  UNMOOR_TRY(FaultPoint("restore.before_criu"));
-  const Nanos begin = MonotonicNow();
-  const auto outcome = criu::RunCriu(criu, command);
-  report_.criu_time = MonotonicNow() - begin;
-  if (interrupted) return MachineError("interrupted");
-  if (!outcome) return Failure(outcome.error());
-  return {};
+Result<> Restorer::FillView(const TemporaryView& view) const {
+  std::vector<criu::LayerFile> files;
+  for (const ListedLayer& layer : listed_) files.push_back({layer.pages.get(), layer.path});
+  UNMOOR_TRY(
+      criu::RewriteForDirectMap(CriuDirectory(directory_), view.images(), plan_.tasks, files));
+  return ReplaceLinksForMountNamespace(CriuDirectory(directory_), view.images());
+}
+
+Result<std::vector<Pid>> Restorer::ReadForkedTree(Pid root) const {
+  if (listed_.empty()) return ReadTree(root);  // it runs
+  // Still as criu forked it: each child by its parent's main thread.
+  std::vector<Pid> tree = {root};
+  for (size_t i = 0; i < tree.size(); ++i) {
+    const std::vector<Pid> children = ReadChildrenOf(tree[i], tree[i]);
+    tree.insert(tree.end(), children.begin(), children.end());
+  }
+  return tree;
 }
 
 Result<RestoredTasks> Restorer::FindTasks(const TemporaryView& view) const {
@@ -234,7 +314,7 @@ Result<RestoredTasks> Restorer::FindTasks(const TemporaryView& view) const {
   if (parsed.ec != std::errc()) {
     return MachineError("criu left no process id in {}", view.pidfile());
   }
-  UNMOOR_ASSIGN(const std::vector<Pid> tree, ReadTree(tasks.root));
+  UNMOOR_ASSIGN(const std::vector<Pid> tree, ReadForkedTree(tasks.root));
   for (const Pid pid : tree) {
     const auto info = ReadProcess(pid);
     if (!info || info->state == 'Z' || info->kernel_thread) continue;
@@ -248,73 +328,114 @@ Result<RestoredTasks> Restorer::FindTasks(const TemporaryView& view) const {
   return tasks;
 }
 
-Result<> Restorer::LetRun(const RestoredTasks& tasks, InterruptFd& interrupt) {
-  if (plan_.mappings == 0) return {};  // nothing mapped: criu has let them run
-  if (options_.mode == RestoreMode::kEager) {
-    for (const Pid pid : tasks.alive) {
-      if (interrupt.Take() != 0) return MachineError("interrupted");
-      UNMOOR_TRY(RemapProcess(pid, options_.agent, [&](const RemapReport& progress) {
-        if (observer_.remapping) observer_.remapping(pid, progress);
-      }));
-    }
+Result<> Restorer::Remap(const RestoredTasks& tasks, InterruptFd& interrupt) const {
+  for (const Pid pid : tasks.alive) {
+    if (interrupt.Take() != 0) return MachineError("interrupted");
+    UNMOOR_TRY(RemapProcess(pid, options_.agent, [&](const RemapReport& progress) {
+      if (observer_.remapping) observer_.remapping(pid, progress);
+    }));
   }
-  if (interrupt.Take() != 0) return MachineError("interrupted");
-  UNMOOR_TRY(FaultPoint("restore.before_agent"));
-  UNMOOR_ASSIGN(report_.agent,
-                StartAgentForStopped(tasks.alive, tasks.stay_stopped, options_.agent));
   return {};
+}
+
+// What can be done beforehand is done while criu starts, and what can wait while it ends. A failure
+// leaves processes below us, and `agent` waiting.
+Result<Fd> Restorer::Restore(TemporaryView& view, std::optional<WaitingAgent>& agent,
+                             InterruptFd& interrupt) {
+  const Nanos begin = MonotonicNow();
+  UNMOOR_ASSIGN(directory_, RealPath(image_));
+  const bool mapped = !listed_.empty();
+  if (mapped) {
+    UNMOOR_ASSIGN(WaitingAgent begun, WaitingAgent::Begin(options_.agent, view.path()));
+    agent.emplace(std::move(begun));
+  }
+  UNMOOR_TRY(view.Create());
+  UNMOOR_ASSIGN(const criu::CriuBinary binary,
+                criu::FindCriu(options_.criu, criu::VersionCheck::kOnFailure));
+  UNMOOR_ASSIGN(criu::Gate gate,
+                criu::Gate::Create(CriuDirectory(directory_), view.images(), kGateFd));
+  UNMOOR_ASSIGN(criu::RunningCriu criu,
+                criu::RunningCriu::Start(binary, Command(view, gate, interrupt)));
+  const Nanos criu_started = MonotonicNow();
+  gate.CriuStarted();
+  if (agent) {
+    UNMOOR_TRY(agent->Started());
+    UNMOOR_TRY(agent->Guard(criu.pid()));
+  }
+  UNMOOR_TRY(BecomeSubreaper());
+  if (!opened_) UNMOOR_TRY(Open());
+  if (agent) UNMOOR_TRY(agent->Expect(manifest_.tasks.size()));
+  UNMOOR_TRY(CheckFreePids());
+  UNMOOR_TRY(FillView(view));
+  UNMOOR_TRY(FaultPoint("restore.before_criu"));
+  report_.criu_waited = SleepsInCall(criu.pid(), SYS_read);
+  UNMOOR_TRY(gate.Open());
+  const Nanos prepared = MonotonicNow();
+
+  UNMOOR_ASSIGN(const bool restored, criu.WaitFor(gate.restored()));
+  report_.criu_time = MonotonicNow() - criu_started;
+  const bool early = restored && mapped && options_.mode == RestoreMode::kDirect;
+  if (!early) UNMOOR_TRY(Finish(criu));
+  if (!restored) report_.criu_time = MonotonicNow() - criu_started;
+  UNMOOR_ASSIGN(const RestoredTasks tasks, FindTasks(view));
+  UNMOOR_ASSIGN(Fd pidfd, OpenPidFd(tasks.root));
+  if (agent && options_.mode == RestoreMode::kEager) UNMOOR_TRY(Remap(tasks, interrupt));
+  UNMOOR_TRY(FaultPoint("restore.before_agent"));
+  if (agent) UNMOOR_TRY(agent->Adopt(tasks.alive, tasks.stay_stopped));
+  const Nanos found = MonotonicNow();
+  if (early) UNMOOR_TRY(Finish(criu));
+  view.Remove();
+  RememberImage(tasks.alive, {directory_, manifest_.checkpoint_id});
+  report_.root = tasks.root;
+  report_.tasks = tasks.alive;
+  if (interrupt.Take() != 0) return MachineError("interrupted");
+  if (agent) {
+    UNMOOR_ASSIGN(report_.agent, agent->LetRun());
+  }
+  spdlog::debug("criu started after {}, let go on after {}{}, its tasks ready after {}, agent {}",
+                HumanTime(criu_started - begin), HumanTime(prepared - criu_started),
+                report_.criu_waited ? " (it had to wait)" : "", HumanTime(report_.criu_time),
+                HumanTime(MonotonicNow() - found));
+  return pidfd;
+}
+
+Result<> Restorer::Finish(criu::RunningCriu& criu) {
+  const auto outcome = criu.Finish();
+  if (criu.interrupted()) return MachineError("interrupted");
+  if (!outcome) return Failure(outcome.error());
+  lock_.Release();
+  // The root is our child now. What is orphaned from here on (children of the program, other
+  // agents) is not ours to reap.
+  return BecomeSubreaper(false);
 }
 
 Result<RestoredProgram> Restorer::Run() {
   const Nanos begin = MonotonicNow();
   UNMOOR_TRY(Lock());
-  UNMOOR_TRY(Open());
-  UNMOOR_TRY(CheckFreePids());
+  UNMOOR_TRY(ListLayers());
+  if (!MayStartAtOnce()) UNMOOR_TRY(Open());
   UNMOOR_ASSIGN(InterruptFd interrupt, InterruptFd::Create());
-  UNMOOR_TRY(BecomeSubreaper());
-  UNMOOR_ASSIGN(TemporaryView view, TemporaryView::Create());
-  std::vector<criu::LayerFile> files;
-  for (const LayerReader& layer : layers_) {
-    files.push_back({layer.pages_fd().get(), layer.pages_path()});
-  }
-  UNMOOR_TRY(
-      criu::RewriteForDirectMap(CriuDirectory(directory_), view.images(), plan_.tasks, files));
-  UNMOOR_TRY(ReplaceLinksForMountNamespace(CriuDirectory(directory_), view.images()));
-  const Nanos prepared = MonotonicNow();
-  const auto undo = [&](const Error& error) {
+  // A chain's pages, which go there, may be many.
+  UNMOOR_ASSIGN(TemporaryView view, TemporaryView::Named(listed_.size() <= 1));
+  std::optional<WaitingAgent> agent;
+  auto pidfd = Restore(view, agent, interrupt);
+  if (!pidfd) {
+    const Error& error = pidfd.error();
+    if (error.message().starts_with("criu")) view.KeepLog();
+    agent.reset();  // it lets go of them first
     (void)BecomeSubreaper();
     KillDescendants();
+    if (!opened_) return Failure(error);
     return Failure(Error(error.kind(), error.errnum(), error.message() + "; nothing was restored"));
-  };
-  if (auto ran = RunCriu(view, interrupt); !ran) {
-    if (ran.error().message().starts_with("criu")) view.KeepLog();
-    return undo(ran.error());
   }
-  const auto tasks = FindTasks(view);
-  if (!tasks) return undo(tasks.error());
-  auto pidfd = OpenPidFd(tasks->root);
-  if (!pidfd) return undo(pidfd.error());
-  const Nanos found = MonotonicNow();
-  // The root is our child now. What is orphaned from here on (children of the program, the agent)
-  // is not ours to reap.
-  lock_.Release();
-  if (auto alone = BecomeSubreaper(false); !alone) return undo(alone.error());
-  if (auto runs = LetRun(*tasks, interrupt); !runs) return undo(runs.error());
-
-  spdlog::debug("prepared in {}, criu {}, found the tasks in {}, agent {}",
-                HumanTime(prepared - begin), HumanTime(report_.criu_time),
-                HumanTime(found - prepared - report_.criu_time), HumanTime(MonotonicNow() - found));
-  RememberImage(tasks->alive, {directory_, manifest_.checkpoint_id});
-  report_.root = tasks->root;
-  report_.tasks = tasks->alive;
   report_.elapsed = MonotonicNow() - begin;
   if (!options_.pidfile.empty()) {
     // The program runs: a missing pidfile is worth a warning, not its life.
-    if (auto written = WriteFile(options_.pidfile, std::to_string(tasks->root.value)); !written) {
+    if (auto written = WriteFile(options_.pidfile, std::to_string(report_.root.value)); !written) {
       spdlog::warn("{}", written.error().message());
     }
   }
-  return RestoredProgram(std::move(report_), std::move(*pidfd), std::move(interrupt));
+  return RestoredProgram(std::move(report_), *std::move(pidfd), std::move(interrupt));
 }
 
 }  // namespace

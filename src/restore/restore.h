@@ -2,10 +2,10 @@
 //
 // A packed image is first unpacked beside itself (image/pack.h), or was by an earlier restore.
 // Opens and checks manifest and indexes, plans (plan.h), writes a temporary view of CRIU's metadata
-// with the mapped VMAs turned into file mappings and the pages of deltas merged with CRIU's own, runs `criu restore` so that the tasks stay
-// stopped, hands them to the agent, which puts its guards in place and lets them run. The view is
-// removed as soon as criu has ended. A failure before the program runs leaves no process, no view
-// and a clear line; criu's log is kept then.
+// with the mapped VMAs turned into file mappings and the pages of deltas merged with CRIU's own,
+// runs `criu restore` so that the tasks stay stopped, hands them to the agent, which puts its
+// guards in place and lets them run. The view is removed as soon as criu has ended. A failure
+// before the program runs leaves no process, no view and a clear line; criu's log is kept then.
 //
 // The restored root becomes a child of the calling process. One restore at a time in a process.
 // Document: docs/architecture.md, docs/cli.md.
@@ -56,8 +56,9 @@ struct RestoreReport {
   Bytes data;
   Bytes loaded;  // of `data`, copied by criu: the deltas of a chain
   uint64_t mappings = 0;
-  Nanos criu_time;  // of the whole criu run
-  Nanos elapsed;    // until the program ran
+  Nanos criu_time;           // from criu's start until its tasks were ready, or it ended
+  bool criu_waited = false;  // for us to have its images ready
+  Nanos elapsed;             // until the program ran
 };
 
 // The restored program, running. Destroying it lets go of it; the program runs on.

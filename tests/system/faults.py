@@ -1,5 +1,7 @@
 #!/usr/bin/env -S python3 -B
 """Faults in the middle: whatever of unmoor or of the machine fails, the program keeps its memory."""
+import contextlib
+import glob
 import os
 import random
 import re
@@ -294,6 +296,89 @@ def interrupted_restore(story):
     churn.end()
 
 
+def criu_processes(story):
+    """The criu that restores, and those below it that are not yet what they will be."""
+    found = []
+    for pid in story.marked():
+        with contextlib.suppress(OSError):
+            words = read_proc(pid, "cmdline").split("\0")
+            if "restore" in words and any(word.endswith("/criu") for word in words) and is_alive(pid):
+                found.append(pid)
+    return found
+
+
+def demand_nothing_restored(story, churn):
+    """What a restore that was killed leaves: no process, no view."""
+    poll(lambda: not criu_processes(story), "criu to end")
+    poll(lambda: state(churn.pid) not in ("T", "t"), "nothing to stay stopped")
+    views = os.path.join(story.folder, "unmoor-restore-*")
+    poll(lambda: not glob.glob(views), lambda: f"the view to be gone: {glob.glob(views)}")
+
+
+def restore_killed(story):
+    """kill -9 of `restore -d` at any moment: the program runs, or nothing of it is left."""
+    churn = story.start("churn", "--threads", 2, "--mib", 32)
+    image = story.dump(churn, "image")
+    churn.popen = None
+    whole = story.restore(churn, image).seconds
+    kill(churn.pid)
+    churn.await_gone()
+    story.demand_no_agent()
+    ran = 0
+    for attempt in range(14):
+        restore = story.popen([UNMOOR, "restore", "-D", image, "-d"])
+        time.sleep(attempt / 12 * whole)
+        if restore.poll() is None:
+            os.kill(restore.pid, signal.SIGKILL)
+        restore.wait(60)
+        demand_nothing_restored(story, churn)
+        if is_alive(churn.pid):
+            ran += 1
+            churn.await_progress("works after a restore that was killed too late")
+            story.wait_ready(churn)
+            kill(churn.pid)
+        churn.await_gone()
+        story.demand_no_agent()
+    story.say(f"{ran} of 14 were killed too late")
+    story.restore(churn, image)
+    story.wait_ready(churn)
+    churn.await_sweep()
+    churn.end()
+
+
+def restore_killed_while_criu_waits(story):
+    """criu is started before its images are ready. With nobody left to make them it ends."""
+    churn = story.start("churn", "--threads", 1, "--mib", 16)
+    image = story.dump(churn, "image")
+    held = 0
+    for _ in range(20):
+        restore = story.popen([UNMOOR, "restore", "-D", image, "-d"])
+        poll(lambda: criu_processes(story) or restore.poll() is not None, "criu", interval=0)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(restore.pid, signal.SIGSTOP)
+        waiting = criu_processes(story)
+        # Until it sleeps, wherever: in the read of the tree, or, let go on before, at its end.
+        for pid in waiting:
+            poll(lambda: state(pid) not in ("R", "D"), "criu to sleep or end")
+            with contextlib.suppress(OSError):
+                held += read_proc(pid, "syscall").startswith("0 ")
+        restore.kill()
+        restore.wait(60)
+        demand_nothing_restored(story, churn)
+        if is_alive(churn.pid):
+            kill(churn.pid)
+        churn.await_gone()
+        story.demand_no_agent()
+        if held >= 3:
+            break
+    story.say(f"criu waited {held} times")
+    demand(held > 0, "criu never was seen to wait for its images")
+    churn.popen = None
+    story.restore(churn, image)
+    story.wait_ready(churn)
+    churn.end()
+
+
 def foreground_restore(story):
     """Without -d restore stays and returns what the program returns."""
     churn = story.start("churn", "--mib", 64)
@@ -486,7 +571,8 @@ STORIES = {
     "dump_interrupted_alone": interrupted_dump(signal.SIGINT, False),
     "dump_killed": interrupted_dump(signal.SIGKILL, False),
 }
-for function in (worker_killed_semantics_kept, criu_killed_at_dump, criu_killed_at_restore, interrupted_restore, foreground_restore,
+for function in (worker_killed_semantics_kept, criu_killed_at_dump, criu_killed_at_restore,
+                 interrupted_restore, restore_killed, restore_killed_while_criu_waits, foreground_restore,
                  disk_full_at_dump, disk_full_keeps_the_old_checkpoint, dump_while_direct_mapped,
                  dump_during_remap, dump_into_its_own_directory, image_moved_while_mapped,
                  image_deleted_while_mapped, mapped_by_another_tool):

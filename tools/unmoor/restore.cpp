@@ -77,6 +77,7 @@ void PrintReport(const RestoreReport& report) {
                            {"loaded_bytes", report.loaded.value},
                            {"mappings", report.mappings},
                            {"criu_ns", report.criu_time.value},
+                           {"criu_waited", report.criu_waited},
                            {"elapsed_ns", report.elapsed.value}};
   if (report.unpacked) {
     object["unpacked_into"] = report.unpacked->directory;

@@ -106,8 +106,12 @@ void AgentTest::WatchStopped(Pid pid, AgentOptions options) {
     const auto process = ReadProcess(pid);
     return process && process->state == 'T';
   }));
-  const auto agent = StartAgentForStopped({pid}, {}, WithGuard(std::move(options)));
+  auto agent = WaitingAgent::Begin(WithGuard(std::move(options)), "");
   ASSERT_TRUE(agent) << agent.error().message();
+  ASSERT_TRUE(agent->Started());
+  ASSERT_TRUE(agent->Adopt({pid}, {}));
+  const auto runs = agent->LetRun();
+  ASSERT_TRUE(runs) << runs.error().message();
 }
 
 void AgentTest::LoadMachine(int processes) {
