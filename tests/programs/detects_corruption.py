@@ -12,6 +12,7 @@ import tempfile
 import time
 
 PAGE = 4096
+PATIENCE_SECONDS = 120
 ARGUMENTS = {"churn": ["--mib", "16", "--regions", "1", "--rate", "20000"], "zoo": [],
              "tree": ["--mib", "16"]}
 
@@ -28,7 +29,17 @@ def largest_private_range(pid):
     return best
 
 
-def flip_byte(memory, begin, end):
+def progress(report):
+    """How far the program is; 0 before its first report."""
+    try:
+        with open(report) as file:
+            content = json.load(file)
+    except (OSError, ValueError):
+        return 0
+    return content.get("operations") or content.get("rounds") or content.get("verified") or 0
+
+
+def flip_byte(memory, begin, end, _):
     place = begin + (end - begin) // 2 // PAGE * PAGE + 1234
     memory.seek(place)
     byte = memory.read(1)[0]
@@ -36,17 +47,21 @@ def flip_byte(memory, begin, end):
     memory.write(bytes([byte ^ 1]))
 
 
-def zero_page(memory, begin, end):
+def zero_page(memory, begin, end, _):
     memory.seek(begin + (end - begin) // 3 // PAGE * PAGE)
     memory.write(bytes(PAGE))
 
 
-def set_back(memory, begin, end):
+def set_back(memory, begin, end, report):
     """All of it, as a remap that lost every write since its copy would."""
     length = min(end - begin, 16 << 20)
     memory.seek(begin)
     old = memory.read(length)
-    time.sleep(0.2)
+    first = progress(report)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while progress(report) < first + 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.1)
     memory.seek(begin)
     memory.write(old)
 
@@ -57,17 +72,17 @@ def attempt(kind, program, damage):
         process = subprocess.Popen([program, "--report", report, *ARGUMENTS[kind]],
                                    stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            while not os.path.exists(report):
+            while not progress(report):
                 if process.poll() is not None:
                     return "ended before it was ready"
                 time.sleep(0.02)
             begin, end = largest_private_range(process.pid)
             with open(f"/proc/{process.pid}/mem", "r+b", buffering=0) as memory:
                 try:
-                    damage(memory, begin, end)
+                    damage(memory, begin, end, report)
                 except OSError:
                     pass  # it ended meanwhile
-            status = process.wait(timeout=30)
+            status = process.wait(timeout=PATIENCE_SECONDS)
             with open(report) as file:
                 content = json.load(file)
         except subprocess.TimeoutExpired:

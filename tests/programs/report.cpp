@@ -6,6 +6,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -20,13 +21,26 @@ char temporary[544];
 bool is_child = false;
 std::atomic<bool> failed{false};
 
-void Replace(const char* target, const char* text, size_t length) {
-  if (path[0] == 0) return;
-  const int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (fd < 0) return;
-  const bool whole = write(fd, text, length) == static_cast<ssize_t>(length);
+// A checkpoint may be made while this file is open, and restored when others have been written
+// since: CRIU wants to find it under its name, as long as it was. So it is never renamed away for
+// good, and always of one size.
+constexpr size_t kFileSize = 4096;
+
+bool WriteTemporary(const char* text, size_t length) {
+  char page[kFileSize];
+  std::memset(page, ' ', sizeof page);
+  std::memcpy(page, text, std::min(length, sizeof page));
+  const int fd = open(temporary, O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+  if (fd < 0) return false;
+  const bool whole = write(fd, page, sizeof page) == static_cast<ssize_t>(sizeof page);
   close(fd);
-  if (whole) rename(temporary, target);
+  return whole;
+}
+
+void Replace(const char* target, const char* text, size_t length) {
+  if (path[0] == 0 || !WriteTemporary(text, length)) return;
+  if (renameat2(AT_FDCWD, temporary, AT_FDCWD, target, RENAME_EXCHANGE) == 0) return;
+  rename(temporary, target);
 }
 
 }  // namespace
@@ -36,6 +50,8 @@ void Open(const char* program, const char* report_path) {
   if (report_path == nullptr) return;
   std::snprintf(path, sizeof path, "%s", report_path);
   std::snprintf(temporary, sizeof temporary, "%s.tmp", report_path);
+  if (WriteTemporary("", 0)) rename(temporary, path);  // both are there before the first report
+  WriteTemporary("", 0);
 }
 
 void Write(const char* fields) {
