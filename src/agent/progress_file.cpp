@@ -56,6 +56,18 @@ ProgressFile FromJson(const json& j) {
   return p;
 }
 
+// ".json.WRITER" or ".image.WRITER": not renamed yet, and nobody is left to do it.
+bool IsOfKilledWriter(std::string_view rest) {
+  const size_t dot = rest.rfind('.');
+  if (!rest.starts_with(".json.") && !rest.starts_with(".image.")) return false;
+  Pid writer;
+  const char* const all = rest.data() + rest.size();
+  const auto [end, error] = std::from_chars(rest.data() + dot + 1, all, writer.value);
+  if (error != std::errc() || end != all) return false;
+  const auto process = ReadProcess(writer);
+  return !process || process->ended();
+}
+
 }  // namespace
 
 Result<> WriteProgress(const ProgressFile& progress) {
@@ -102,9 +114,12 @@ void ForgetEndedProcesses() {
   if (!names) return;
   for (const std::string& name : *names) {
     Pid pid;
-    const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), pid.value);
-    if (error != std::errc() || std::string_view(end) != ".json") continue;
-    if (!ReadProgress(pid)) (void)RemoveFile(RuntimeDirectory() + "/" + name);
+    const char* const all = name.data() + name.size();
+    const auto [end, error] = std::from_chars(name.data(), all, pid.value);
+    if (error != std::errc()) continue;
+    const std::string_view rest(end, static_cast<size_t>(all - end));
+    const bool forget = rest == ".json" ? !ReadProgress(pid) : IsOfKilledWriter(rest);
+    if (forget) (void)RemoveFile(RuntimeDirectory() + "/" + name);
   }
 }
 

@@ -22,12 +22,12 @@ struct ProgressFile {
 [[nodiscard]] Result<> WriteProgress(const ProgressFile& progress);
 // Nothing when there is no file, or it is about an earlier process of that pid.
 [[nodiscard]] std::optional<ProgressFile> ReadProgress(Pid pid);
-// The agent's process to speak to, if it has not finished: the worker that wrote it, or while that is
-// being replaced its supervisor.
+// The agent's process to speak to, if it has not finished: the worker that wrote it, or while that
+// is being replaced its supervisor.
 [[nodiscard]] std::optional<Pid> AgentAtWork(const ProgressFile& progress);
 // Says that `supervisor` has finished with `pid`, or why it has given up. Never fails.
 void FinishProgress(Pid pid, Pid supervisor, const std::string& problem);
-// Removes the files of processes that have ended. Never fails.
+// Removes the files of processes that have ended, and what a killed writer left. Never fails.
 void ForgetEndedProcesses();
 
 }  // namespace unmoor

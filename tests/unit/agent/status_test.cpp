@@ -11,6 +11,7 @@
 #include <csignal>
 
 #include "agent/page_image.h"
+#include "agent/progress_file.h"
 #include "agent_fixture.h"
 #include "os/file.h"
 #include "os/process_control.h"
@@ -109,6 +110,22 @@ TEST_F(StatusTest, WaitingTimesOut) {
   EXPECT_EQ(status->status, Status::kLater);
   signals_->go = 1;
   ExpectGoodEnd(pid);
+}
+
+TEST_F(StatusTest, WhatKilledWritersLeftIsForgotten) {
+  const std::string run = directory_ + "/run";
+  ASSERT_TRUE(MakeDirectory(run));
+  const Pid gone = StartSubject([] {});
+  ExpectGoodEnd(gone);
+  const int own = OwnPid().value;
+  const std::vector<std::string> stay = {fmt::format("7.json.{}", own), "7.json.x", "letter"};
+  for (const std::string& name : stay) ASSERT_TRUE(WriteFile(run + "/" + name, ""));
+  ASSERT_TRUE(WriteFile(fmt::format("{}/{}.json", run, gone.value), "{}"));
+  for (const char* kind : {"json", "image"}) {
+    ASSERT_TRUE(WriteFile(fmt::format("{}/{}.{}.{}", run, own, kind, gone.value), "{"));
+  }
+  ForgetEndedProcesses();
+  EXPECT_EQ(ListDirectory(run).value(), stay);
 }
 
 TEST(PageImages, AreToldByTheirNames) {
