@@ -322,6 +322,9 @@ Result<SupervisorHandle> StartSupervisor(const std::vector<SupervisorTask>& task
     return SupervisorHandle{std::move(pair.ours), *daemon};
   }
   (void)pair.ours.Release();  // closed by ForkDaemon
+  if (!options.log_file.empty()) {
+    spdlog::set_level(std::min(spdlog::get_level(), spdlog::level::info));
+  }
   ForgetEndedProcesses();
   IgnoreSignal();  // meant for a worker that has just died
   Supervisor supervisor(options, std::move(pair.theirs));
@@ -329,6 +332,7 @@ Result<SupervisorHandle> StartSupervisor(const std::vector<SupervisorTask>& task
     if (const auto started = supervisor.Start({task, false}, Fd()); !started) ExitProcess(1);
   }
   supervisor.Loop();
+  ForgetEndedProcesses();  // what killed workers left there too
   ExitProcess(0);
 }
 

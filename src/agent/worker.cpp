@@ -63,6 +63,9 @@ Result<bool> Worker::Begin(Fd old_uffd) {
   if (!mapped && leftovers.empty() && helpers.empty()) return false;
   UNMOOR_TRY(RepeatWhileBusy([this](Nanos stop_limit) { return StopAndInject(stop_limit); }));
   SaveProgress("");
+  spdlog::info("process {} is watched; max pause {}, thp {}, guard {}", pid_.value,
+               HumanTime(options_.max_pause), options_.thp == ThpPolicy::kAuto ? "auto" : "never",
+               options_.guard == GuardPolicy::kFreeze ? "freeze" : "fault");
   return true;
 }
 
@@ -191,7 +194,9 @@ Result<> Worker::OpenTrackers() {
     UNMOOR_TRY(UffdHandshake(uffd_.get(), UffdEventFeatures()));
   }
   UNMOOR_ASSIGN(staging_, CreateUffd(helper_staging_));
-  can_move_ = UffdHandshake(staging_.get(), kernel::kUffdFeatureMove).has_value();
+  can_move_ = FaultPoint("kernel.uffdio_move") &&
+              UffdHandshake(staging_.get(), kernel::kUffdFeatureMove).has_value();
+  if (!can_move_) spdlog::info("no UFFDIO_MOVE here: huge pages are collapsed in the mirror");
   return {};
 }
 
@@ -239,6 +244,10 @@ Result<> Worker::End() {
     UNMOOR_TRY(removed);
   }
   uffd_.Reset();
+  const RemapReport done = report();
+  spdlog::info("process {} is READY: {} remapped, {} given back, {} windows, longest pause {}",
+               pid_.value, HumanBytes(done.done), HumanBytes(done.dropped), done.windows,
+               HumanTime(done.longest_pause));
   SaveProgress("");  // finished once the supervisor has let go of it too
   return {};
 }

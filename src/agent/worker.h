@@ -23,6 +23,7 @@
 #include "agent/guard.h"
 #include "agent/helper_link.h"
 #include "agent/progress_file.h"
+#include "agent/vma_names.h"
 #include "base/result.h"
 #include "os/fd.h"
 #include "os/procfs.h"
@@ -118,6 +119,7 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<Vaddr> MapOwned(Bytes length, uint64_t congruent_to, bool no_reserve);
   [[nodiscard]] Result<> RecordOwned(size_t slot);
   [[nodiscard]] Result<> FreeMirrors();
+  [[nodiscard]] Result<> AddName(OpList& ops, VaddrRange range, const std::string& name) const;
   [[nodiscard]] Result<> EnsureScratch();
   [[nodiscard]] Result<> RunCopies(const OpList& ops);
   void AddHugeBlock(OpList& ops, const Area& area, const Mirror& mirror, int file,
@@ -180,6 +182,7 @@ class Worker final : public Carrier {
   std::vector<VaddrRange> owned_;
   std::map<FileId, ImageFile> files_;
   std::vector<VmaInfo> images_;  // the VMAs that map images, as last read, with their flags
+  VmaNames names_;               // of what these map, where the kernel has names
   std::vector<Mirror> mirrors_;
   std::vector<PlannedArea> areas_;
   RangeSet dropped_;

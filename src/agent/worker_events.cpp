@@ -298,6 +298,10 @@ Result<> Worker::DropImagePart(VaddrRange part, int prot) {
   for (const FlagAdvice& f : kFlagAdvice) {
     if (wished(f.flag)) AddAdvice(ops, part, f.advice);
   }
+  if (wish != images_.end()) {
+    const FileOffset offset = wish->offset + (part.begin - wish->range.begin);
+    UNMOOR_TRY(AddName(ops, part, names_.At(wish->name, offset)));
+  }
   ops.Ioctl(helper_uffd_, UFFDIO_REGISTER,
             {part.begin.value, part.size().value, UFFDIO_REGISTER_MODE_WP, 0, 0});
   const auto replaced = link_.Must(ops, "cannot give memory back inside the program");

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <csignal>
+#include <cstddef>
 #include <cstdlib>
 
 #include "agent/page_image.h"
@@ -18,6 +19,7 @@
 #include "base/log.h"
 #include "os/file.h"
 #include "os/kernel_abi.h"
+#include "os/kernel_features.h"
 #include "os/pagemap.h"
 #include "os/process_control.h"
 #include "os/procfs.h"
@@ -42,7 +44,8 @@ constexpr int kBusyBeforeHoldInAnyCase = 10;
 constexpr int kPlansBeforeHold = 10;
 constexpr size_t kUnusedMirrors = 64;
 constexpr Nanos kSwapDeadline(250'000'000);
-constexpr int kAdviceCollapse = 25;
+constexpr uint64_t kAdviceCollapse = 25;  // MADV_COLLAPSE, from 6.1
+constexpr uint64_t kNoAdvice = ~0U;       // what an older kernel takes it for
 // Where helpers' memory goes: far from where programs and the kernel put theirs.
 constexpr uint64_t kLowestOwned = uint64_t{1} << 44;
 constexpr uint64_t kHighestOwned = uint64_t{1} << 46;
@@ -87,6 +90,7 @@ Result<std::vector<Carrier::PlannedArea>> Worker::Plan() {
 Result<std::vector<Carrier::PlannedArea>> Worker::PlanOnce() {
   UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid_));
   RememberImages(vmas);
+  if (CanNameMemory()) names_.Learn(images_);
   if (vmas.size() + kSpareMaps > MaxMapCount()) {
     return Failure(Error(ErrorKind::kMachine, ENOMEM,
                          fmt::format("the program has {} of the {} mappings it may have; raise "
@@ -239,6 +243,19 @@ Result<> Worker::FreeMirrors() {
   return {};
 }
 
+// At most one name a list: it is read from the helper's memory when the list runs.
+Result<> Worker::AddName(OpList& ops, VaddrRange range, const std::string& name) const {
+  if (name.empty()) return {};
+  const Vaddr text =
+      link_.helper().region + Bytes(helper::kCodeSize + offsetof(helper::Data, directory_entries));
+  UNMOOR_TRY(WriteMemory(link_.helper().pid, text,
+                         std::as_bytes(std::span(name.c_str(), name.size() + 1))));
+  ops.Syscall(SYS_prctl,
+              {kPrSetVma, kPrSetVmaAnonName, range.begin.value, range.size().value, text.value, 0},
+              true);
+  return {};
+}
+
 // One mirror for each area, kept as long as the area lasts: pages moved from one mirror to one area
 // are one VMA afterwards.
 Result<const Worker::Mirror*> Worker::MirrorFor(const Area& area) {
@@ -262,6 +279,11 @@ Result<const Worker::Mirror*> Worker::MirrorFor(const Area& area) {
     if (f.advice != MADV_DONTFORK && area.HasFlag(f.flag)) {
       AddAdvice(prepare, {base, base + area.range.size()}, f.advice);
     }
+  }
+  const auto shown = std::ranges::find(images_, area.file_vma, &VmaInfo::range);
+  if (shown != images_.end()) {
+    const FileOffset offset = area.OffsetOf(area.file_vma.begin);
+    UNMOOR_TRY(AddName(prepare, {base, base + area.range.size()}, names_.At(shown->name, offset)));
   }
   UNMOOR_TRY(link_.Must(prepare, "cannot prepare staging memory"));
   mirrors_.push_back({area, base});
@@ -340,7 +362,8 @@ void Worker::AddHugeBlock(OpList& ops, const Area& area, const Mirror& mirror, i
   if (!can_move_) {
     const Vaddr data = link_.helper().region + Bytes(helper::kCodeSize);
     ops.Copy(target, {data, data + Bytes(8)});
-    ops.Syscall(SYS_madvise, {target.value, kHugePageSize, kAdviceCollapse, 0, 0, 0}, true);
+    const uint64_t advice = FaultPoint("kernel.collapse") ? kAdviceCollapse : kNoAdvice;
+    ops.Syscall(SYS_madvise, {target.value, kHugePageSize, advice, 0, 0, 0}, true);
   }
   for (const VaddrRange pages : step.content.image) {
     ops.Pread(file, at + (pages.begin - step.block.begin), pages.size(),

@@ -7,6 +7,7 @@
 #include <linux/userfaultfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/statfs.h>
 #include <sys/syscall.h>
@@ -145,6 +146,14 @@ const char* ToString(ThpSetting setting) {
   return "absent";
 }
 
+bool CanNameMemory() {
+  const auto page = Mapping::Anonymous(kPageSize);
+  if (!page) return false;
+  // SAFETY: the address is only handed to the kernel as a number.
+  const auto address = reinterpret_cast<uint64_t>(page->bytes().data());
+  return ::prctl(kPrSetVma, kPrSetVmaAnonName, address, kPageSize, "unmoor") == 0;
+}
+
 KernelFeatures KernelFeatures::Probe() {
   KernelFeatures features;
   utsname name{};
@@ -156,6 +165,7 @@ KernelFeatures KernelFeatures::Probe() {
   ProbeUffd(features);
   ProbeProcfs(features);
   features.ptrace_seize = ProbePtrace();
+  features.named_memory = CanNameMemory();
   if (const auto scope = ReadFile("/proc/sys/kernel/yama/ptrace_scope")) {
     features.yama_scope = std::atoi(scope->c_str());
   }

@@ -50,6 +50,7 @@ struct KernelFeatures {
   bool ptrace_seize = false;  // of a child
   int yama_scope = -1;        // kernel.yama.ptrace_scope; -1: no Yama
   bool soft_dirty = false;
+  bool named_memory = false;  // PR_SET_VMA_ANON_NAME
   ThpSetting thp = ThpSetting::kAbsent;
   bool run_is_tmpfs = false;  // criu keeps its probe cache only there
   Capabilities capabilities;
@@ -66,5 +67,9 @@ struct KernelFeatures {
 };
 
 [[nodiscard]] const char* ToString(ThpSetting setting);
+// prctl, linux/prctl.h, from 5.17.
+inline constexpr uint64_t kPrSetVma = 0x53564d41, kPrSetVmaAnonName = 0;
+// Whether anonymous memory can have names here (CONFIG_ANON_VMA_NAME): named_memory, by itself.
+[[nodiscard]] bool CanNameMemory();
 
 }  // namespace unmoor

@@ -2,17 +2,17 @@
 """churn through two checkpoints: its own verifier sees every lost or torn write."""
 import shutil
 
-from harness import demand, footprint, is_alive, main
+from harness import Skip, demand, footprint, is_alive, main, smaps_total, thp_setting
 
 
-def two_generations(story, *options):
+def two_generations(story, *options, between=None, arguments=(), **restoring):
     """Dump, direct-mapped restore, remap under writes, dump again with the first image deleted."""
     churn = story.start("churn", *options)
     churn.await_progress()
     before = footprint(churn.pid)
     first = story.dump(churn, "first")
 
-    story.restore(churn, first)
+    story.restore(churn, first, *arguments, **restoring)
     churn.await_progress("works while direct-mapped or being remapped")
     churn.reset_stall()
     story.wait_ready(churn)
@@ -21,10 +21,12 @@ def two_generations(story, *options):
     churn.await_sweep()
     story.demand_no_agent()
     story.demand_untouched(churn, before)
+    if between:
+        between(churn)
 
     second = story.dump(churn, "second")
     shutil.rmtree(first)
-    story.restore(churn, second)
+    story.restore(churn, second, *arguments, **restoring)
     churn.await_progress("works after the second restore")
     story.wait_ready(churn)
     shutil.rmtree(second)
@@ -72,6 +74,35 @@ def small_pages_only(story):
     churn.end()
 
 
+def without(story, abilities, huge):
+    """The ways around what an older kernel lacks (src/base/fault_point.h): the same promises hold."""
+    log = story.path("agent.log")
+
+    def looked_at(churn):
+        with open(log) as file:
+            if "no UFFDIO_MOVE here" not in file.read():
+                raise Skip("built without fault points")
+        found = smaps_total(churn.pid, "AnonHugePages")
+        demand(found >= 16 << 20 if huge else found == 0 or thp_setting() == "always",
+               f"{found >> 20} MiB are in huge pages")
+        story.say(f"{found >> 20} MiB in huge pages")
+    if huge and thp_setting() == "never":
+        raise Skip("this machine has no huge pages (transparent_hugepage/enabled is never)")
+    faults = ",".join(f"kernel.{ability}:error@*" for ability in abilities)
+    two_generations(story, "--threads", 4, "--mib", 96, "--sweep-ms", 200, between=looked_at, arguments=("--agent-log", log),
+                    environment={"UNMOOR_FAULT": faults})
+
+
+def without_uffdio_move(story):
+    """Method C (docs/decisions.md): blocks are collapsed in the mirror."""
+    without(story, ["uffdio_move"], huge=True)
+
+
+def without_huge_pages(story):
+    """Method B: neither UFFDIO_MOVE nor MADV_COLLAPSE; small pages."""
+    without(story, ["uffdio_move", "collapse"], huge=False)
+
+
 def eager(story):
     """--mode eager: anonymous before the program runs, so the image can go at once."""
     churn = story.start("churn", "--threads", 2, "--mib", 128)
@@ -112,4 +143,4 @@ def two_gib_eight_threads(story):
 if __name__ == "__main__":
     main({f.__name__: f for f in (
         one_thread_64, eight_threads_64, one_thread_512, eight_threads_512, sparse, hot, sequential,
-        small_pages_only, eager, leave_running, two_gib, two_gib_eight_threads)})
+        small_pages_only, without_uffdio_move, without_huge_pages, eager, leave_running, two_gib, two_gib_eight_threads)})

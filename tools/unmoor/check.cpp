@@ -74,8 +74,7 @@ void AddKernel(std::vector<Item>& items, const KernelFeatures& kernel) {
   items.push_back({"PAGEMAP_SCAN", kernel.pagemap_scan, true, "", "written pages cannot be found",
                    "use a kernel from 6.7 on"});
   items.push_back({"PROCMAP_QUERY", kernel.procmap_query, true, "",
-                   "mappings cannot be compared within a window",
-                   "use a kernel from 6.11 on"});
+                   "mappings cannot be compared within a window", "use a kernel from 6.11 on"});
   items.push_back({"ptrace", kernel.ptrace_seize, true,
                    kernel.yama_scope < 0
                        ? "no Yama restriction"
@@ -85,6 +84,9 @@ void AddKernel(std::vector<Item>& items, const KernelFeatures& kernel) {
   items.push_back({"huge pages (THP)", thp, false, ToString(kernel.thp),
                    "remapped memory is of small pages: a slower remap, more TLB misses",
                    "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"});
+  items.push_back({"names of memory", kernel.named_memory, false, "PR_SET_VMA_ANON_NAME",
+                   "no program here has named its memory, so no name can get lost",
+                   "nothing to do (CONFIG_ANON_VMA_NAME)"});
   items.push_back({"soft-dirty", kernel.soft_dirty, false, "",
                    "criu --track-mem and pre-dump are not available; unmoor does not use them",
                    "nothing to do"});

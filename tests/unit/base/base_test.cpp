@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cerrno>
+#include <cstdlib>
 
 #include "base/fault_point.h"
 #include "base/result.h"
@@ -66,6 +67,23 @@ TEST(Units, Align) {
 TEST(FaultPoints, AreQuietUnlessArmed) {
   EXPECT_TRUE(FaultPoint("base.test"));
 }
+
+#ifdef UNMOOR_FAULT_POINTS
+// In a process of its own: the environment is read at the first passage.
+TEST(FaultPointsDeathTest, ActAtThePassageTheyAreArmedFor) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(
+      {
+        ::setenv("UNMOOR_FAULT", "base.second:error@2,base.every:error@*,base.first:error", 1);
+        const auto fails = [](const char* name) { return !FaultPoint(name); };
+        const bool right = !fails("base.second") && fails("base.second") && !fails("base.second") &&
+                           fails("base.every") && fails("base.every") && fails("base.first") &&
+                           !fails("base.first") && !fails("base.other");
+        std::_Exit(right ? 0 : 1);
+      },
+      testing::ExitedWithCode(0), "");
+}
+#endif
 
 }  // namespace
 }  // namespace unmoor
