@@ -6,8 +6,10 @@
   leftovers.py clean TMPDIR    ends and unmounts what is left
 
 A process is of the run when UNMOOR_TEST_MARK in its environment is ours; programs that CRIU restored
-and the agents beside them have it as well. A zombie has no environment: it counts when it is new and
-has the name of a program that the tests start. It may take PID 1 a moment to reap it.
+and the agents beside them have it as well. A zombie has no environment: it counts when it was started
+after the snapshot and has the name of a program that the tests start. It may take PID 1 a moment to
+reap it. Mounts are of the run below its temporary folder, and wherever criu in the path says so: the
+machine may make some of its own meanwhile.
 """
 import json
 import os
@@ -24,7 +26,11 @@ def mounts():
         return sorted(line.split()[4] for line in file)
 
 
-def zombies():
+def ticks_since_boot():
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
+def zombies(since):
     found = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -34,7 +40,8 @@ def zombies():
             continue
         name = text[text.index("(") + 1:text.rindex(")")]
         state = text[text.rindex(")") + 2]
-        if state == "Z" and name.startswith(ZOMBIE_NAMES):
+        started = int(text[text.rindex(")") + 2:].split()[19])  # in ticks since boot
+        if state == "Z" and name.startswith(ZOMBIE_NAMES) and started >= since:
             found.append(f"{entry} {name}")
     return found
 
@@ -61,13 +68,13 @@ def leftovers(tmpdir):
     with open(os.path.join(tmpdir, "before.json")) as file:
         before = json.load(file)
     found = [f"process {pid}: {command}" for pid, command in marked_processes()]
-    found += [f"zombie {entry}" for entry in zombies() if entry not in before["zombies"]]
+    found += [f"zombie {entry}" for entry in zombies(before["ticks"])]
     # A mount may be there several times, so lists and not sets.
     old = list(before["mounts"])
     for mount in mounts():
         if mount in old:
             old.remove(mount)
-        else:
+        elif mount.startswith(tmpdir) or "criu" in mount:
             found.append(f"mount {mount}")
     for name in sorted(os.listdir(tmpdir)):
         if name not in ("before.json", "runtime"):
@@ -104,7 +111,7 @@ def main():
     action, path = sys.argv[1:]
     if action == "snapshot":
         with open(path, "w") as file:
-            json.dump({"mounts": mounts(), "zombies": zombies()}, file)
+            json.dump({"mounts": mounts(), "ticks": ticks_since_boot()}, file)
         return 0
     return {"check": check, "clean": clean}[action](path)
 

@@ -190,7 +190,7 @@ TEST_F(SystemCalls, WithAnIoUringTheRemapWaitsAndSaysSo) {
   if (ring < 0) GTEST_SKIP() << "no io_uring here: " << std::strerror(errno);
   Map();
   auto remapper = Start();
-  const auto waiting = remapper.Wait(std::chrono::seconds(10));
+  const auto waiting = remapper.Wait(kLimit);
   EXPECT_EQ(waiting.code(), unmoor::StatusCode::kBusy) << waiting.message();
   EXPECT_NE(waiting.message().find("io_uring"), std::string::npos);
   const auto progress = remapper.progress();

@@ -94,6 +94,20 @@ void AddAdvised(const char* name, size_t count, int advice) {
   Add(name, memory, count);
 }
 
+// Guards within a mapping (MADV_GUARD_INSTALL), a few pages of every 16.
+constexpr size_t kGuardStride = 16, kGuardPages = 3;
+
+void AddGuarded() {
+  constexpr int kInstall = 102;  // MADV_GUARD_INSTALL, from 6.13
+  Animal& animal = AddMapped("guard-pages", 64);
+  for (size_t i = 0; i < animal.count; i += kGuardStride) {
+    if (madvise(animal.memory + i * pages::kWords, kGuardPages * pages::kSize, kInstall) != 0) {
+      animal.missing = "the kernel has no guard pages (MADV_GUARD_INSTALL)";
+      return;
+    }
+  }
+}
+
 void AddNamed() {
 #ifndef PR_SET_VMA
   constexpr int PR_SET_VMA = 0x53564d41;
@@ -216,6 +230,7 @@ void BuildZoo() {
   AddAdvised("random", 64, MADV_RANDOM);
   AddAdvised("sequential", 64, MADV_SEQUENTIAL);
   Add("noreserve", Map(256 * pages::kSize, PROT_READ | PROT_WRITE, MAP_NORESERVE), 256);
+  AddGuarded();
   AddNamed();
   AddNeighbours();
   AddOthers();
@@ -254,8 +269,13 @@ void Verify(size_t index, Animal& animal, bool last) {
   if ((animal.protection & PROT_WRITE) == 0 && !Faults(animal.memory, true)) {
     report::Fail("%s became writable", animal.name);
   }
+  const bool guarded = std::strcmp(animal.name, "guard-pages") == 0;
   for (size_t i = 0; i < animal.count; ++i) {
-    const uint64_t* page = animal.memory + i * pages::kWords;
+    uint64_t* page = animal.memory + i * pages::kWords;
+    if (guarded && i % kGuardStride < kGuardPages) {
+      if (!Faults(page, false)) report::Fail("page %zu is no guard any more", i);
+      continue;
+    }
     const bool filled = i % animal.stride == 0;
     if (filled ? pages::Holds(page, NumberOf(index, i), 1) : pages::IsZero(page)) continue;
     char what[256];

@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import sys
-import time
 
 from harness import Program, children, demand, is_alive, main, poll, state, vmas
 from redis import Redis, Writer
@@ -148,7 +147,7 @@ def redis_generations(story):
         demand(redis.digest() == digest, f"other data after restore {generation}")
         writer = Writer(redis.port, generation)
         writer.start()
-        time.sleep(0.5)
+        poll(lambda: len(writer.acknowledged) >= 1000 or writer.error, "redis to take 1000 writes")
         redis.expected.update(writer.finish())
         story.wait_ready(redis.program)
         redis.demand_own_writes()

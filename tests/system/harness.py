@@ -16,6 +16,8 @@ import contextlib
 import ctypes
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import socket
@@ -36,6 +38,10 @@ PR_SET_CHILD_SUBREAPER = 36
 SKIPPED = 77
 
 
+# unmoor's words, and criu's of a thread's id.
+PID_TAKEN = r"process id \d+ is in use by|process id \d+ is still taken|File exists|-17\b"
+
+
 class Failed(Exception):
     """Something that must hold does not."""
 
@@ -54,7 +60,7 @@ def demand(condition, message):
         raise Failed(message)
 
 
-def poll(condition, what, timeout=30.0, interval=0.01):
+def poll(condition, what, timeout=60.0, interval=0.01):
     """Waits until condition() is true and returns its value."""
     deadline = time.monotonic() + timeout
     while True:
@@ -140,6 +146,16 @@ def smaps_total(pid, field):
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def thp_setting():
+    """always, madvise or never."""
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled") as file:
+            text = file.read()
+    except OSError:
+        return "never"
+    return text[text.index("[") + 1:text.index("]")]
 
 
 def show_vma(vma):
@@ -277,7 +293,7 @@ class Program:
         self.report()
         demand(is_alive(self.pid), f"the program ended ({when}); report: {self.report()}")
 
-    def await_progress(self, what="works", field="operations", amount=1, timeout=60):
+    def await_progress(self, what="works", field="operations", amount=1, timeout=120):
         """Waits until the program did something after this call, as its own report tells."""
         first = self.report().get(field)
 
@@ -299,7 +315,7 @@ class Program:
         os.kill(self.pid, signal.SIGUSR1)
         poll(lambda: self.report().get("resets", 0) > before, "the stall figures begin anew")
 
-    def await_gone(self, timeout=30):
+    def await_gone(self, timeout=60):
         """Waits for the pid to be free again, so that a restore can take it."""
         def gone():
             if self.popen is not None:
@@ -450,8 +466,17 @@ class Story:
         pidfile = self.path("pidfile")
         with contextlib.suppress(FileNotFoundError):
             os.remove(pidfile)
-        outcome = self.unmoor("restore", "-D", folder, "-d", "--pidfile", pidfile, *arguments,
-                              **options)
+        # Another process of the machine may have been given an id that the program had: where ids go
+        # round at 32768 that happens. It ends soon, or there is nothing to be done.
+        for attempt in range(20):
+            outcome = self.unmoor("restore", "-D", folder, "-d", "--pidfile", pidfile, *arguments,
+                                  expect=None, **options)
+            if outcome.code == 0 or not re.search(PID_TAKEN, outcome.err):
+                break
+            self.say(f"restore {attempt + 1} failed, since an id is taken: {outcome.err.strip()}")
+            time.sleep(0.5)
+        if outcome.code != 0:
+            raise Failed(f"expected exit code 0: {outcome}{self.criu_log(('-D', folder))}")
         self.say(f"restored from {os.path.basename(folder)} in {outcome.seconds * 1000:.0f} ms")
         with open(pidfile) as file:
             return int(file.read()), outcome
@@ -493,7 +518,7 @@ class Story:
         return [pid for pid in self.marked(os.path.basename(os.path.realpath(UNMOOR)))
                 if is_alive(pid)]
 
-    def demand_no_agent(self, timeout=15):
+    def demand_no_agent(self, timeout=60):
         """No process of unmoor is left, soon after READY. What it did stays to be read in the
         progress file of the process (`unmoor status`), and which image it came from, for as long as
         that lives; nothing else does."""
@@ -505,7 +530,7 @@ class Story:
         left = [n for n in os.listdir(self.runtime) if not (n.endswith((".json", ".image")) and n.split(".")[0].isdigit())]
         demand(not left, f"runtime files are left: {left}")
 
-    def demand_untouched(self, program, before, timeout=15, join_anonymous=False):
+    def demand_untouched(self, program, before, timeout=60, join_anonymous=False):
         """Nothing was left inside the program: all as in the footprint taken before."""
         def unequal():
             now = footprint(program.pid)
@@ -538,16 +563,19 @@ class Story:
                 return False  # a child of ours is still to end: all that descends from us becomes one
             except ChildProcessError:
                 return not [pid for pid in self.marked() if pid != os.getpid()]
-        poll(kill_marked, "what the story started to end", 30)
+        poll(kill_marked, "what the story started to end", 60)
         for folder in reversed(self.mounts):
             poll(lambda: subprocess.run(["umount", folder]).returncode == 0, f"umount {folder}", 10, 0.2)
         shutil.rmtree(self.folder)
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below those that the kernel hands out: nobody gets it by chance, also while its program is a mere image."""
+    while True:
+        port = random.randrange(15000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def need_program(name):

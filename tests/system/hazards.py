@@ -41,7 +41,7 @@ def await_hazards(churn, counters, what, amount=20):
         demand(is_alive(churn.pid), f"churn ended {what}; report: {churn.report()}")
         now = counts()
         return now and all(now[name] >= first.get(name, 0) + least[name] for name in counters)
-    poll(moved, lambda: f"churn's {', '.join(counters)} {what}; first {first}, last {counts()}", 60)
+    poll(moved, lambda: f"churn's {', '.join(counters)} {what}; first {first}, last {counts()}", 120)
 
 
 def end_with_children(churn):
@@ -49,7 +49,7 @@ def end_with_children(churn):
     descendants = children(churn.pid)
     churn.end()
     for pid in descendants:
-        poll(lambda pid=pid: reap(pid) is not None or not is_alive(pid), "a forked child ends", 10)
+        poll(lambda pid=pid: reap(pid) is not None or not is_alive(pid), "a forked child ends", 60)
 
 
 def hazard(options, counters):
@@ -59,7 +59,7 @@ def hazard(options, counters):
         image = story.dump(churn, "first")
         story.restore(churn, image, "--remap", "off")
         await_hazards(churn, counters, "while direct-mapped")
-        story.unmoor("remap", "-t", churn.pid, timeout=60)
+        story.unmoor("remap", "-t", churn.pid)
         shutil.rmtree(image)
         await_hazards(churn, counters, "after the remap")
         churn.await_sweep()
@@ -67,7 +67,7 @@ def hazard(options, counters):
         image = story.dump(churn, "second")
         story.restore(churn, image)
         await_hazards(churn, counters, "during the remap in the background")
-        story.wait_ready(churn, 60)
+        story.wait_ready(churn)
         shutil.rmtree(image)
         churn.await_sweep()
         story.demand_no_agent()
@@ -82,7 +82,7 @@ def exec_during_remap(story):
     os.kill(churn.pid, signal.SIGUSR2)
     poll(lambda: churn.report().get("executions") == 1, "churn executes itself anew")
     churn.await_progress("works after exec")
-    story.wait_ready(churn, 60)
+    story.wait_ready(churn)
     shutil.rmtree(image)
     churn.await_sweep()
     story.demand_no_agent()
@@ -96,7 +96,7 @@ def exec_while_direct_mapped(story):
     os.kill(churn.pid, signal.SIGUSR2)
     poll(lambda: churn.report().get("executions") == 1, "churn executes itself anew")
     churn.await_sweep()
-    story.wait_ready(churn, 60)
+    story.wait_ready(churn)
     shutil.rmtree(image)
     story.demand_no_agent()
     churn.end()
@@ -125,7 +125,7 @@ def stopped_during_remap(story):
     image = story.dump(churn, "image")
     story.restore(churn, image)
     os.kill(churn.pid, signal.SIGSTOP)
-    story.wait_ready(churn, 60)
+    story.wait_ready(churn)
     story.demand_no_agent()
     with open(f"/proc/{churn.pid}/stat") as file:
         stopped = file.read().rsplit(")", 1)[1].split()[0]

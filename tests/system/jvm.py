@@ -18,7 +18,7 @@ def start(story, collector):
                          "-cp", PROGRAMS, "HeapChurn", report, str(MIB), "2"])
     program = Program(story, popen.pid, report, popen)
     poll(lambda: popen.poll() is not None or program.report().get("operations", 0) > 20_000,
-         "the JVM is warm", 60)
+         "the JVM is warm", 150)
     demand(popen.poll() is None, f"the JVM ended at its start with {popen.returncode}")
     return program
 
@@ -27,7 +27,7 @@ def end(program):
     """HeapChurn checks its whole heap and ends."""
     with open(program.report_path + ".stop", "w"):
         pass
-    poll(lambda: program.report().get("final"), "HeapChurn's last check", 60)
+    poll(lambda: program.report().get("final"), "HeapChurn's last check", 150)
     program.await_gone(60)
 
 

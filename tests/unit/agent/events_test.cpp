@@ -174,7 +174,7 @@ TEST_F(EventsTest, WhileRemappedEverythingReadsAsAnonymousMemoryWould) {
       for (auto& hazards : all) hazards->memory().CheckAll("after the remap");
     });
     WatchStopped(pid, {});
-    ExpectBecomesReady(pid, Nanos(20'000'000'000));
+    ExpectBecomesReady(pid, Nanos(60'000'000'000));
     ExpectNoTraces(pid);
     signals_->go = 1;
     ExpectGoodEnd(pid);
@@ -198,7 +198,7 @@ TEST_F(EventsTest, ManyThreadsGivingMemoryBackReadZeros) {
     memory.CheckAll("at the end");
   });
   WatchStopped(pid, {});
-  ExpectBecomesReady(pid, Nanos(40'000'000'000));
+  ExpectBecomesReady(pid, Nanos(120'000'000'000));
   signals_->go = 1;
   ExpectGoodEnd(pid);
 }
@@ -225,7 +225,7 @@ TEST_F(EventsTest, GivingBackTheSamePagesAgainAndAgainReadsZeros) {
       memory.CheckAll("at the end");
     });
     WatchStopped(pid, {});
-    ExpectBecomesReady(pid, Nanos(40'000'000'000));
+    ExpectBecomesReady(pid, Nanos(120'000'000'000));
     signals_->go = 1;
     ExpectGoodEnd(pid);
   }
@@ -262,7 +262,7 @@ TEST_F(EventsTest, AForkedChildIsAdoptedAndItsMemoryBehaves) {
   AwaitReady(1);
   ASSERT_TRUE(WaitUntil([&] { return signals_->child != 0; }));
   for (const Pid p : {pid, Pid{signals_->child}}) {
-    ExpectBecomesReady(p, Nanos(20'000'000'000));
+    ExpectBecomesReady(p, Nanos(60'000'000'000));
     ExpectNoTraces(p);
   }
   signals_->go = 1;
@@ -294,7 +294,7 @@ TEST_F(EventsTest, ManyForksDuringARemap) {
     memory.CheckAll("at the end");
   });
   WatchStopped(pid, {});
-  ExpectBecomesReady(pid, Nanos(40'000'000'000));
+  ExpectBecomesReady(pid, Nanos(120'000'000'000));
   signals_->go = 1;
   ExpectGoodEnd(pid);
 }

@@ -184,7 +184,7 @@ TEST_F(FaultsTest, TheCommandsDeathDoesNotEndTheRemap) {
       WaitUntil([&] { return !FindProcesses("unmoor-helper").empty() || !MapsImages(pid); }));
   EXPECT_TRUE(SendSignal(command, SIGKILL));
   AwaitEnd(command);
-  ExpectBecomesReady(pid, Nanos(20'000'000'000));
+  ExpectBecomesReady(pid, Nanos(60'000'000'000));
   ExpectNoTraces(pid);
   signals_->go = 1;
   ExpectGoodEnd(pid);

@@ -287,7 +287,7 @@ TEST_F(RemapTest, AProgramStartedStoppedRunsWithoutNoticingSigcont) {
     memory.CheckAll("after the remap");
   });
   WatchStopped(pid, {});
-  ExpectBecomesReady(pid, Nanos(20'000'000'000));
+  ExpectBecomesReady(pid, Nanos(60'000'000'000));
   signals_->go = 1;
   ExpectGoodEnd(pid);
 }

@@ -30,7 +30,7 @@ struct Signals {
 };
 
 // True once `condition` holds; false when it does not within some seconds.
-bool WaitUntil(const std::function<bool()>& condition, Nanos limit = Nanos(20'000'000'000));
+bool WaitUntil(const std::function<bool()>& condition, Nanos limit = Nanos(60'000'000'000));
 
 // A page image <directory>/layers/a.pages of `pages` pages with content and a gap after them. Every
 // eighth page is a hole.

@@ -59,7 +59,7 @@ TEST_F(Remapper, MemoryIsOneAnonymousMappingAfterwardsAndNothingIsLeft) {
   const auto status = unmoor::QueryStatus();
   ASSERT_TRUE(status.ok());
   EXPECT_EQ(status->status, RemapStatus::kReady);
-  for (int i = 0; i < 100 && ThreadCount() != threads; ++i) ::usleep(10'000);
+  for (int i = 0; i < 3000 && ThreadCount() != threads; ++i) ::usleep(10'000);
   EXPECT_EQ(ThreadCount(), threads);
 }
 
