@@ -225,7 +225,7 @@ std::vector<std::string> DecisiveLogLines(const std::string& log_path, size_t co
     const size_t end = std::min(text.find('\n', at), text.size());
     const std::string_view line = std::string_view(text).substr(at, end - at);
     at = end + 1;
-    if (first_line.empty()) first_line = line;
+    if (first_line.empty() && line.find(kHarmless) == std::string_view::npos) first_line = line;
     const std::string part(ErrorPart(line));
     if (!part.empty() && std::ranges::find(lines, part) == lines.end()) lines.push_back(part);
   }

@@ -2,13 +2,14 @@
 """Faults in the middle: whatever of unmoor or of the machine fails, the program keeps its memory."""
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import time
 
-from harness import (LATER, READY, UNMOOR, children, demand, footprint, is_alive, main, poll,
-                     read_proc, state)
+from harness import (LATER, READY, UNMOOR, children, demand, differences, footprint, is_alive, main, poll,
+                     read_proc, state, tree_bytes)
 
 BIG = ("--threads", 2, "--mib", 768, "--sweep-ms", 1000)
 
@@ -47,7 +48,7 @@ def finish(story, churn, before, image):
     """After a fault: the program is unhurt, `unmoor remap` completes, nothing is left."""
     churn.demand_alive("after the fault")
     churn.await_progress("works after the fault")
-    story.unmoor("remap", "-t", churn.pid, timeout=60)
+    story.unmoor("remap", "-t", churn.pid)
     demand(story.status(churn).code == READY, "READY after `unmoor remap`")
     shutil.rmtree(image)
     churn.await_sweep()
@@ -100,7 +101,7 @@ def worker_killed_semantics_kept(story):
         for pid in workers_and_supervisors(story)[0]:
             kill(pid)
         churn.await_progress("works after a worker's death", amount=5000)
-    story.unmoor("remap", "-t", churn.pid, timeout=60)
+    story.unmoor("remap", "-t", churn.pid)
     shutil.rmtree(image)
     churn.await_sweep()
     story.demand_no_agent()
@@ -141,7 +142,7 @@ def interrupted_dump(sign, whole_group):
             if dump.poll() is None:
                 (os.killpg if whole_group else os.kill)(dump.pid, sign)
             code = dump.wait(60)
-            poll(lambda: state(churn.pid) not in "tT", "the program runs", 20)
+            poll(lambda: state(churn.pid) not in "tT", "the program runs")
             churn.demand_alive(f"after signal {sign} to dump")
             churn.await_progress("works after the signal")
             story.say(f"dump after {delay * 1000:.0f} ms: exit code {code}")
@@ -162,6 +163,109 @@ def interrupted_dump(sign, whole_group):
     return story
 
 
+def criu_below(command):
+    """The criu that a command of unmoor has started; None before, and once it has ended."""
+    try:
+        return next((pid for pid in children(command.pid) if "--log-file" in read_proc(pid, "cmdline").split("\0")),
+                    None)
+    except OSError:
+        return None
+
+
+def failed_by_criu(story, command, err, what):
+    """The command failed in one line that says so, and where criu's whole log is."""
+    code = command.wait(60)
+    with open(err) as file:
+        text = file.read()
+    lines = [line for line in text.splitlines() if line.strip() and not re.match(r"unmoor: dump: +\d+ %", line)]
+    demand(code == 1 and len(lines) == 1 and f"criu {what} was killed by signal 9" in text,
+           f"exit code 1 and one clear line are wanted: {code}, {text!r}")
+    log = re.search(r"its whole log: (\S+criu\.log)", text)
+    demand(log and os.path.exists(log[1]), f"criu's log is kept: {text!r}")
+    shutil.rmtree(os.path.dirname(log[1]))
+    return text
+
+
+def kill_while_waited_for(dump, churn):
+    """Kills criu while its code in the program waits for the next command, as it does most of the time. While it
+    makes a thread execute something the program would die of it, with stock CRIU too (docs/guarantees.md)."""
+    while dump.poll() is None:
+        criu = criu_below(dump)
+        try:
+            os.kill(criu, signal.SIGSTOP)
+            poll(lambda: state(criu) in "TZ", "criu stops")
+            if state(churn.pid) == "S" and read_proc(churn.pid, "syscall").startswith("45 "):  # recvfrom
+                return kill(criu)
+            os.kill(criu, signal.SIGCONT)
+        except (TypeError, OSError):
+            pass
+        time.sleep(0.001)
+    return False
+
+
+def criu_killed_at_dump(story):
+    """criu dies of kill -9 while it hands over pages: the program runs on, nothing is written."""
+    churn = story.start("churn", "--threads", 2, "--mib", 384)
+    before = footprint(churn.pid)
+    image, err = story.path("image"), story.path("err")
+    for mib in (16, 128):
+        def written():
+            return sum(tree_bytes(story.path(name)) for name in os.listdir(story.folder) if name.startswith("image"))
+        with open(err, "w") as file:
+            dump = story.popen([UNMOOR, "dump", "-t", str(churn.pid), "-D", image], stderr=file)
+        poll(lambda: written() >= mib << 20 or dump.poll() is not None, f"{mib} MiB are written", interval=0.002)
+        demand(kill_while_waited_for(dump, churn), "the dump ended before criu could be killed")
+        text = failed_by_criu(story, dump, err, "dump")
+        demand(f"process {churn.pid} (churn) runs on" in text, f"it says what became of the program: {text!r}")
+        demand(not written(), f"nothing is written: {os.listdir(story.folder)}")
+        poll(lambda: state(churn.pid) not in "tT", "the program runs")
+        churn.await_progress("works after criu was killed")
+        # CRIU cannot take its own code out of the program any more (docs/guarantees.md).
+        after = footprint(churn.pid)
+        demand(after[:4] == before[:4], f"was {before[:4]}, is {after[:4]}")
+        lines = differences(before.vmas, [vma for vma in after.vmas if not vma.name.startswith("/memfd:CRIUMFD")])
+        demand(not lines, "the map list is not as it was:\n  " + "\n  ".join(lines))
+    churn.await_sweep()
+    story.dump(churn, "image")
+    story.restore(churn, image)
+    story.wait_ready(churn)
+    churn.await_sweep()
+    churn.end()
+
+
+def criu_killed_at_restore(story):
+    """criu dies of kill -9 at several moments of a restore: nothing of the program is left, the image is good."""
+    churn = story.start("churn", "--threads", 2, "--mib", 64)
+    image, err = story.path("image"), story.path("err")
+    story.dump(churn, "image")
+    killed = 0
+    for delay in (0, 0.002, 0.004, 0.008, 0.012, 0.016):
+        with open(err, "w") as file:
+            restore = story.popen([UNMOOR, "restore", "-D", image, "-d"], stderr=file)
+        criu = poll(lambda: criu_below(restore) or restore.poll() is not None, "criu runs", interval=0.0005)
+        time.sleep(delay)
+        if criu is not True and kill(criu) and restore.wait(60) != 0:
+            killed += 1
+            text = failed_by_criu(story, restore, err, "restore")
+            demand("nothing was restored" in text, f"it says what became of the program: {text!r}")
+            poll(lambda: not story.marked("churn"), "nothing of the program is left")
+        else:  # too late: it runs
+            demand(restore.wait(60) == 0, f"exit code {restore.returncode}: {open(err).read()}")
+            churn.await_progress("works after a restore that the signal met too late")
+            kill(churn.pid)
+        churn.await_gone()
+        story.demand_no_agent()
+        left = [name for name in os.listdir(story.folder) if name.startswith("unmoor-")]
+        demand(not left, f"left behind: {left}")
+    demand(killed > 0, "criu was never killed")
+    story.say(f"killed {killed} of 6 times")
+    churn.popen = None
+    story.restore(churn, image)
+    story.wait_ready(churn)
+    churn.await_sweep()
+    churn.end()
+
+
 def interrupted_restore(story):
     """Ctrl-C during `restore -d`: either the program runs, or nothing of it is left; the image is good."""
     churn = story.start("churn", *BIG)
@@ -173,7 +277,7 @@ def interrupted_restore(story):
             os.killpg(restore.pid, signal.SIGINT)
         code = restore.wait(60)
         # Either it came too late and the program runs, on its way to READY, or nothing is left.
-        poll(lambda: state(churn.pid) not in ("T", "t"), f"nothing stays stopped (exit code {code})", 10)
+        poll(lambda: state(churn.pid) not in ("T", "t"), f"nothing stays stopped (exit code {code})")
         if is_alive(churn.pid):
             churn.await_progress("works after a restore that the signal met too late")
             story.wait_ready(churn)
@@ -207,11 +311,12 @@ def foreground_restore(story):
     churn = story.start("churn", "--mib", 16)
     image = story.dump(churn, "image")
     restore = story.popen([UNMOOR, "restore", "-D", image])
-    poll(lambda: is_alive(churn.pid) and story.status(churn).code == READY, "READY", 60)
+    poll(lambda: is_alive(churn.pid) or restore.poll() is not None, "the program runs")
+    churn.await_progress("works")
+    poll(lambda: story.status(churn).code == READY, "READY", 60)
     os.kill(churn.pid, signal.SIGKILL)
     code = restore.wait(60)
-    demand(code != 0, "restore tells that the program was killed")
-    story.say(f"the program was killed: restore returned {code}")
+    demand(code == 128 + signal.SIGKILL, f"restore returned {code} of a program that was killed")
     story.demand_no_agent()
 
 
@@ -347,14 +452,27 @@ def mapped_by_another_tool(story):
                "os.close(f)\n"
                "m[0:8]=b'changed!'\n"
                "print('ready',flush=True)\n"
-               "while True: time.sleep(0.05)\n")
-    process = story.popen(["python3", "-c", program, path], stdout=subprocess.PIPE)
+               "for line in sys.stdin:\n"
+               "    right=m[0:8]==b'changed!' and all(\n"
+               "        m[n*4096+8:n*4096+4096]==n.to_bytes(8,'little')*511 for n in range(4096))\n"
+               "    print('right' if right else 'wrong',flush=True)\n")
+    process = story.popen(["python3", "-c", program, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def verify():
+        process.stdin.write("verify\n")
+        process.stdin.flush()
+        return process.stdout.readline().strip()
     process.stdout.readline()
-    outcome = story.unmoor("status", "-t", process.pid, expect=None)
-    # A file mapping that is nobody's page image is the program's own business.
-    demand(outcome.code in (READY, LATER), f"a status: {outcome}")
-    story.say(f"a program that maps a file of its own: {outcome.out.strip()[:200]}")
-    demand(is_alive(process.pid), "it lives")
+    status = story.unmoor("status", "-t", process.pid, "--json", expect=LATER).json()
+    demand(status["direct_mapped_bytes"] == 4096 * page and status["images"] == [path] and "agent" not in status and
+           "unmoor remap" in status["reason"], f"LATER, and what to do: {status}")
+    report = story.unmoor("remap", "-t", process.pid, "--json").json()
+    demand(report["ready"] and report["done_bytes"] == 4096 * page, f"all of it is remapped: {report}")
+    demand(story.unmoor("status", "-t", process.pid).out.strip() == "READY", "READY")
+    os.truncate(path, 0)
+    demand(verify() == "right", "its memory is what it was")
+    process.stdin.close()
+    demand(process.wait(30) == 0, "it ends by itself")
 
 
 STORIES = {
@@ -368,7 +486,7 @@ STORIES = {
     "dump_interrupted_alone": interrupted_dump(signal.SIGINT, False),
     "dump_killed": interrupted_dump(signal.SIGKILL, False),
 }
-for function in (worker_killed_semantics_kept, interrupted_restore, foreground_restore,
+for function in (worker_killed_semantics_kept, criu_killed_at_dump, criu_killed_at_restore, interrupted_restore, foreground_restore,
                  disk_full_at_dump, disk_full_keeps_the_old_checkpoint, dump_while_direct_mapped,
                  dump_during_remap, dump_into_its_own_directory, image_moved_while_mapped,
                  image_deleted_while_mapped, mapped_by_another_tool):

@@ -106,9 +106,11 @@ int RunWait(const StatusArguments& arguments) {
   }
   ProgressBar bar("remap", arguments.json);
   const auto status = WaitReady(*pid, timeout, [&](const ProcessStatus& now) {
-    if (!now.progress) return;
-    bar.Show(now.progress->done + now.progress->dropped, now.progress->total,
-             DescribeProgress(*now.progress));
+    // Nobody remaps it yet: all of it is still to do.
+    const RemapReport report = now.progress.value_or(RemapReport{});
+    const bool begun = report.total.value > 0;
+    bar.Show(report.done + report.dropped, begun ? report.total : now.direct_mapped_data,
+             DescribeProgress(report));
   });
   bar.Clear();
   if (!status) return Fail(status.error(), arguments.json);
