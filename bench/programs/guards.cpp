@@ -1,19 +1,27 @@
 // In-process remap under writers: how fast, and how long a writer waits, by guard and by rivals.
 //
-//   bench_guards --dir DIR --mib N --writers N --pattern clean|hot|uniform --way WAY
+//   bench_guards --dir DIR --mib N --writers N --pattern none|clean|hot|uniform --way WAY
 //
 // WAY: freeze, fault        unmoor's BackgroundRemapper
-//      naive                2 MiB memcpy and mremap under a lock that every write takes too
+//      unverified           freeze, without comparing the image's pages with their hashes
+//      moved                the best loop known: memcpy into one huge scratch block, UFFDIO_MOVE,
+//      mremap naive                2 MiB memcpy and mremap under a lock that every write takes too
 //      populate             MADV_POPULATE_WRITE: pages become private in place, 4 KiB each, and the
 //                           mapping stays one of the file
 //      null                 nothing is remapped; a thread runs the best copy-and-mremap loop on
 //                           memory of its own, so that the machine is as busy
 //
-// Each writer owns every n-th page and stores to one word of a page at a time. `clean` writes to
+// `none`: nobody writes and --writers is not looked at; what is measured is the rate alone. Else
+// each writer owns every n-th page and stores to one word of a page at a time. `clean` writes to
 // memory that is not remapped (as fast as the others), `hot` to one page in twenty. A stall is the
 // time between two stores of a thread; the histogram has 16 buckets an octave (6 % wide). At the
 // end every word is compared with what was stored or with the image. One line of JSON.
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #include <x86intrin.h>
 
 #include <atomic>
@@ -30,6 +38,7 @@
 #include <thread>
 #include <vector>
 
+#include "os/kernel_abi.h"
 #include "unmoor/background_remapper.h"
 #include "unmoor/checkpoint.h"
 #include "unmoor/direct_map.h"
@@ -122,7 +131,7 @@ struct Bench {
   void Verify() const {
     const char* base = memory;
     for (size_t page = 0; page < pages; ++page) {
-      const uint64_t stored = states[page % writers]->stored[page];
+      const uint64_t stored = writers == 0 ? 0 : states[page % writers]->stored[page];
       const auto* words = reinterpret_cast<const uint64_t*>(base + page * kPage);
       if (words[0] != stored || words[511] != ImageWord(page)) Fail("a page is wrong");
     }
@@ -166,6 +175,32 @@ void CopyAndMove(char* from, char* to, size_t bytes, std::shared_mutex* lock) {
   }
 }
 
+// Loop G of bench_copy_remap.
+void CopyScratchAndMove(char* memory, size_t bytes) {
+  const auto fd = static_cast<int>(::syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY));
+  uffdio_api api{};
+  api.api = UFFD_API;
+  api.features = unmoor::kernel::kUffdFeatureMove;
+  if (fd < 0 || ::ioctl(fd, UFFDIO_API, &api) != 0) Fail("userfaultfd");
+  char* scratch = Map(kBlock);
+  ::madvise(scratch, kBlock, MADV_HUGEPAGE);
+  char* staging = Map(bytes);
+  const auto to = reinterpret_cast<uint64_t>(staging);
+  uffdio_register whole{{to, bytes}, UFFDIO_REGISTER_MODE_MISSING, 0};
+  if (::ioctl(fd, UFFDIO_REGISTER, &whole) != 0) Fail("UFFDIO_REGISTER");
+  for (size_t at = 0; at < bytes; at += kBlock) {
+    std::memcpy(scratch, memory + at, kBlock);
+    uint64_t move[5] = {to + at, reinterpret_cast<uint64_t>(scratch), kBlock, 0, 0};
+    uffdio_range block{to + at, kBlock};
+    if (::ioctl(fd, UFFDIO_MOVE, move) != 0 || ::ioctl(fd, UFFDIO_UNREGISTER, &block) != 0 ||
+        ::mremap(staging + at, kBlock, kBlock, MREMAP_MAYMOVE | MREMAP_FIXED, memory + at) ==
+            MAP_FAILED) {
+      Fail("moving a block");
+    }
+  }
+  ::close(fd);
+}
+
 struct Outcome {
   double seconds = 0;
   unmoor::RemapProgress progress;
@@ -175,8 +210,9 @@ Outcome Remap(Bench& bench, const unmoor::DirectMap& map) {
   const size_t bytes = bench.pages * kPage;
   Outcome outcome;
   const auto begin = Clock::now();
-  if (bench.way == "freeze" || bench.way == "fault") {
+  if (bench.way == "freeze" || bench.way == "fault" || bench.way == "unverified") {
     unmoor::RemapOptions options;
+    options.verify = bench.way != "unverified";
     options.guard = bench.way == "fault" ? unmoor::Guard::kFault : unmoor::Guard::kFreeze;
     const unmoor::RemapRange range{{bench.memory, bytes}, bench.way != "fault"};
     auto remapper = unmoor::BackgroundRemapper::Start(map, {&range, 1}, options);
@@ -184,6 +220,8 @@ Outcome Remap(Bench& bench, const unmoor::DirectMap& map) {
     const unmoor::Status ready = remapper->Wait(std::chrono::minutes(2));
     if (!ready.ok()) Fail(ready.message());
     outcome.progress = remapper->progress();
+  } else if (bench.way == "moved") {
+    CopyScratchAndMove(bench.memory, bytes);
   } else if (bench.way == "naive") {
     CopyAndMove(bench.memory, bench.memory, bytes, &bench.lock);
   } else if (bench.way == "populate") {
@@ -245,7 +283,9 @@ int main(int argc, char** argv) {
     if (name == "--pattern") bench.pattern = value;
     if (name == "--way") bench.way = value;
   }
-  if (bench.dir.empty() || bench.pages == 0 || bench.writers == 0) Fail("see the file's head");
+  if (bench.pattern == "none") bench.writers = 0;
+  if (bench.dir.empty() || bench.pages == 0 || (bench.writers == 0 && bench.pattern != "none"))
+    Fail("see the file's head");
   MakeImage(bench);
   const auto image = unmoor::PageImage::Open(bench.dir);
   if (!image.ok()) Fail(image.status().message());

@@ -67,7 +67,7 @@ class OwnHandlers : public Hazard {
     ::sigaltstack(&stack, nullptr);
     before();
     uint64_t caught = 0;
-    for (int round = 0; round < 20; ++round) {
+    for (int round = 0; round < 20 || (caught == 0 && round < 200); ++round) {
       Map();
       std::atomic<bool> over{false};
       std::thread writer([&] {
@@ -130,6 +130,29 @@ TEST_F(OwnHandlers, ThatCallTheOneTheyReplacedDoNotGoInCircles) {
     ::sigaction(SIGSEGV, &action, &replaced);
     Map();
     if (!Start(Guard::kFault, false).Wait(kLimit).ok()) return false;
+    void* own = ::mmap(nullptr, kPage, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return FaultOnPurpose(own, false) && FaultOnPurpose(own, false);
+  }));
+}
+
+// In front of ours, calling ours, when nothing is remapped any more: the fault goes on to the
+// handler that ours was put in front of.
+TEST_F(OwnHandlers, ThatCallOursAfterItWasLetGoReachTheOneBefore) {
+  EXPECT_TRUE(InChild([&] {
+    Install(0);
+    Map();
+    struct sigaction action {};
+    action.sa_sigaction = [](int signal, siginfo_t* info, void* context) {
+      replaced.sa_sigaction(signal, info, context);
+    };
+    action.sa_flags = SA_SIGINFO;
+    sigaddset(&action.sa_mask, SIGUSR2);
+    {
+      const auto keeper = Keeper();
+      if (!Start(Guard::kFault, false).Wait(kLimit).ok()) return false;
+      ::sigaction(SIGSEGV, &action, &replaced);
+    }
+    if ((replaced.sa_flags & SA_SIGINFO) == 0 || replaced.sa_sigaction == OwnHandler) return false;
     void* own = ::mmap(nullptr, kPage, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     return FaultOnPurpose(own, false) && FaultOnPurpose(own, false);
   }));

@@ -8,6 +8,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -199,6 +200,63 @@ TEST_F(SystemCalls, WithAnIoUringTheRemapWaitsAndSaysSo) {
   ::close(ring);
   remapper.Resume();
   const auto status = remapper.Wait(kLimit);
+  EXPECT_TRUE(status.ok()) << status.message();
+  ExpectPattern(0, size());
+}
+
+// Its file is closed and its memory is mapped: it lives on, with what it has under way.
+TEST_F(SystemCalls, WithAnIoUringThatIsOnlyMappedTheRemapWaits) {
+  char parameters[120] = {};
+  const int ring = static_cast<int>(::syscall(SYS_io_uring_setup, 4, parameters));
+  if (ring < 0) GTEST_SKIP() << "no io_uring here: " << std::strerror(errno);
+  void* entries =
+      ::mmap(nullptr, kPage, PROT_READ | PROT_WRITE, MAP_SHARED, ring, 0x10000000 /*SQEs*/);
+  ASSERT_NE(entries, MAP_FAILED);
+  ::close(ring);
+  Map();
+  auto remapper = Start();
+  const auto waiting = remapper.Wait(kLimit);
+  EXPECT_EQ(waiting.code(), unmoor::StatusCode::kBusy) << waiting.message();
+  EXPECT_NE(waiting.message().find("io_uring"), std::string::npos);
+  EXPECT_EQ(remapper.progress().done_bytes, 0u);
+  ::munmap(entries, kPage);
+  remapper.Resume();
+  EXPECT_TRUE(remapper.Wait(kLimit).ok()) << remapper.progress().reason;
+  ExpectPattern(0, size());
+}
+
+// A ring that only another process has open any more shows nowhere; what is registered with it
+// shows as pinned.
+TEST_F(SystemCalls, WithPinnedMemoryTheRemapWaitsAndSaysSo) {
+  char parameters[120] = {};
+  const int ring = static_cast<int>(::syscall(SYS_io_uring_setup, 4, parameters));
+  if (ring < 0) GTEST_SKIP() << "no io_uring here: " << std::strerror(errno);
+  Map();
+  const iovec buffer{memory() + kMiB, kPage};
+  ASSERT_EQ(::syscall(SYS_io_uring_register, ring, 0 /*buffers*/, &buffer, 1), 0);
+  int ends[2];
+  ASSERT_EQ(::pipe(ends), 0);
+  const pid_t holder = ::fork();
+  if (holder == 0) {
+    ::close(ends[1]);
+    char byte;
+    (void)!::read(ends[0], &byte, 1);
+    ::_exit(0);
+  }
+  ::close(ends[0]);
+  ::close(ring);
+  auto remapper = Start();
+  const auto waiting = remapper.Wait(kLimit);
+  EXPECT_EQ(waiting.code(), unmoor::StatusCode::kBusy) << waiting.message();
+  EXPECT_NE(waiting.message().find("4096 bytes"), std::string::npos) << waiting.message();
+  EXPECT_EQ(remapper.progress().done_bytes, 0u);
+  ::close(ends[1]);
+  ASSERT_EQ(::waitpid(holder, nullptr, 0), holder);
+  auto status = waiting;  // the kernel lets go of it in its own time
+  for (int i = 0; i < 600 && status.code() == unmoor::StatusCode::kBusy; ++i) {
+    ::usleep(100'000);
+    status = remapper.Wait(kLimit);
+  }
   EXPECT_TRUE(status.ok()) << status.message();
   ExpectPattern(0, size());
 }

@@ -4,6 +4,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -208,11 +209,12 @@ TEST_F(Threads, OneThatBlocksTheFreezeSignalIsNamed) {
   }));
 }
 
+// Through the C library and past it.
 TEST_F(Threads, AForkedChildHasRightAndWritableMemory) {
   for (const Guard guard : {Guard::kFreeze, Guard::kFault}) {
     const auto body = [&](char* memory, const std::atomic<bool>& over) {
-      for (int i = 0; !over || i < 2; ++i) {
-        const pid_t child = ::fork();
+      for (int i = 0; !over || i < 4; ++i) {
+        const auto child = i % 2 == 0 ? ::fork() : static_cast<pid_t>(::syscall(SYS_fork));
         if (child == 0) {
           ::alarm(30);
           for (size_t at = 0; at < size(); at += kPage) {

@@ -4,6 +4,7 @@
 
 #include "os/kernel_abi.h"
 #include "os/raw_syscall.h"
+#include "remap/local/window.h"
 
 namespace unmoor::local {
 
@@ -13,17 +14,19 @@ using raw::Call;
 namespace {
 
 constexpr int kSigsegv = 11, kSegvAccerr = 2;
-constexpr uint64_t kWriteFault = 2;  // of the page fault's error code
-constexpr int kWrite = 2;            // PROT_WRITE
+constexpr uint64_t kWriteFault = 2;                 // of the page fault's error code
+constexpr long kWipeOnFork = 18, kKeepOnFork = 19;  // MADV_…
 constexpr uint64_t kSaSiginfo = 4, kSaOnStack = 0x08000000, kSaRestart = 0x10000000,
                    kSaNoDefer = 0x40000000, kSaResetHand = 0x80000000, kSaRestorer = 0x04000000;
 constexpr uint32_t kMaxActions = 16;
+constexpr uint64_t kPassed = 0x756e6d6f6f720000;  // "unmoor", and a level: see PassOn
 constexpr uint32_t kMaxProtected = 256;
 
 struct FaultInfo {  // siginfo_t of a fault
   int32_t signo, error, code, padding;
   uint64_t address;
-  uint64_t rest[13];
+  uint64_t rest[12];
+  uint64_t passed;  // unused by the kernel, which clears it
 };
 static_assert(sizeof(FaultInfo) == 128);
 
@@ -37,20 +40,23 @@ struct State {
   uint32_t word = 0;
   uint64_t begin = 0, end = 0;
   int32_t protection = 0;
-  int32_t owner = 0;  // process that raised the guard
-  int maps_fd = -1;
+  const Part* parts = nullptr;
+  uint32_t part_count = 0;
+  int32_t owner = 0;     // process that raised it
+  uint32_t waiting = 0;  // of its threads, in our handler until the guard is lowered
   uint64_t faults = 0;
   int64_t waited_ns = 0;
   // What ours was put in front of, oldest first.
   kernel::KernelSigaction actions[kMaxActions] = {};
   uint32_t action_count = 0;
+  uint32_t installs = 0;
   ProtectedRange ranges[kMaxProtected] = {};
 };
 State state;
 
-// How deep in `actions` this thread's fault has been passed on: a handler may call the one it
-// replaced, which is ours.
-__thread uint32_t passed_to __attribute__((tls_model("initial-exec"))) = 0;
+// A page that is zero in a forked child (MADV_WIPEONFORK), and the same in one that shares our
+// memory.
+alignas(4096) uint32_t raised_here[1024] = {};
 
 template <class T>
 T Load(const T* from) {
@@ -73,14 +79,31 @@ unmoor_fault_restorer:
 .popsection
 )");
 
-bool VmaIsWritable(uint64_t at) {
-  kernel::ProcmapQuery query{};
-  query.size = sizeof(query);
-  query.query_addr = at;
-  if (Call(__NR_ioctl, state.maps_fd, raw::Word(kernel::kProcmapQuery), Address(&query)) < 0) {
-    return false;
+// By a write that changes nothing.
+bool IsWritable(uint64_t at) {
+  constexpr long kWakeOpPrivate = 5 | 128;
+  constexpr long kOrNothing = 2L << 28 | 0x7ff;  // and wake nobody
+  static uint32_t nobody = 0;
+  return Call(__NR_futex, Address(&nobody), kWakeOpPrivate, 0, 0, raw::Word(at & ~uint64_t{3}),
+              kOrNothing) >= 0;
+}
+
+// In a child forked with the guard up, whose remapper stayed behind: nobody else will lift it.
+void LiftInherited(uint32_t word) {
+  for (uint32_t i = 0; i < state.part_count; ++i) {
+    const Part& part = state.parts[i];
+    // SAFETY: the protection the part had.
+    Call(__NR_mprotect, raw::Word(part.begin), raw::Word(part.end - part.begin), state.protection);
   }
-  return (query.vma_flags & kWrite) != 0;
+  __atomic_compare_exchange_n(&state.word, &word, word + 1, false, __ATOMIC_SEQ_CST,
+                              __ATOMIC_SEQ_CST);
+}
+
+void WaitWhile(uint32_t word) {
+  const uint32_t counts = Load(&state.owner) == raw::ProcessId() ? 1 : 0;
+  __atomic_add_fetch(&state.waiting, counts, __ATOMIC_SEQ_CST);
+  while (Load(&state.word) == word) raw::FutexWait(&state.word, word);
+  __atomic_sub_fetch(&state.waiting, counts, __ATOMIC_SEQ_CST);
 }
 
 // A write under the guard waits here for the piece. True when the write is to be tried again.
@@ -89,17 +112,23 @@ bool WaitForGuard(uint64_t at) {
     const uint32_t word = Load(&state.word);
     const bool inside = state.begin <= at && at < state.end;
     if ((word & 1) == 0 || !inside) return waited;
-    if (Load(&state.owner) != raw::ProcessId()) {
-      // A child forked with the guard up: its remapper stayed behind. SAFETY: the protection the
-      // range had.
-      Call(__NR_mprotect, raw::Word(state.begin), raw::Word(state.end - state.begin),
-           state.protection);
+    if (Load(raised_here) == 0) {
+      LiftInherited(word);
       return true;
     }
     const int64_t began = raw::Now();
-    raw::FutexWait(&state.word, word);
+    WaitWhile(word);
     if (!waited) __atomic_add_fetch(&state.faults, 1, __ATOMIC_RELAXED);
     __atomic_add_fetch(&state.waited_ns, raw::Now() - began, __ATOMIC_RELAXED);
+  }
+}
+
+// A handler of the program's runs with SIGSEGV blocked, so it must not meet a guard. Nothing is
+// made read-only while a thread has it blocked (which ours has from its first instruction on) and
+// does not wait here.
+void WaitForNoGuard() {
+  for (uint32_t word; ((word = Load(&state.word)) & 1) != 0 && Load(raised_here) != 0;) {
+    WaitWhile(word);
   }
 }
 
@@ -138,7 +167,8 @@ void TakeDefault(const FaultInfo* info) {
   }
 }
 
-// Calls action `level` as the kernel would have.
+// Calls action `level` as the kernel would have. It may call the one it replaced, which is ours,
+// with the same siginfo: that carries how far the fault has come.
 void PassOn(uint32_t level, FaultInfo* info, kernel::KernelUcontext* context) {
   if (level == 0) return TakeDefault(info);
   kernel::KernelSigaction& slot = state.actions[level - 1];
@@ -151,15 +181,36 @@ void PassOn(uint32_t level, FaultInfo* info, kernel::KernelUcontext* context) {
   uint64_t mask = context->sigmask | action.mask;
   if ((action.flags & kSaNoDefer) == 0) mask |= uint64_t{1} << (kSigsegv - 1);
   Call(__NR_rt_sigprocmask, 2 /*SIG_SETMASK*/, Address(&mask), 0, sizeof(mask));
-  const uint32_t before = passed_to;
-  passed_to = level;
+  info->passed = kPassed | level;
   if ((action.flags & kSaSiginfo) != 0) {
     // SAFETY: the program's handler, with what the kernel gave us for it.
     reinterpret_cast<void (*)(int, void*, void*)>(action.handler)(kSigsegv, info, context);
   } else {
     reinterpret_cast<void (*)(int)>(action.handler)(kSigsegv);
   }
-  passed_to = before;
+}
+
+void FaultHandler(int signal, FaultInfo* info, kernel::KernelUcontext* context);
+
+uint64_t OwnAddress() {
+  return reinterpret_cast<uint64_t>(&FaultHandler);  // SAFETY: compared, and given to the kernel
+}
+
+// How many of `actions` the fault has yet to see, when a handler of the program's calls ours: what
+// that one replaced comes next. It stands in front of ours (which may have been let go), unless we
+// passed the fault on to it.
+uint32_t LevelBehindCaller(const FaultInfo* info) {
+  const uint32_t count = Load(&state.action_count);
+  if ((info->passed & ~uint64_t{0xff}) == kPassed) {
+    const auto level = static_cast<uint32_t>(info->passed & 0xff);
+    return level > 0 && level <= count ? level - 1 : 0;
+  }
+  kernel::KernelSigaction front{};
+  Call(__NR_rt_sigaction, kSigsegv, 0, Address(&front), sizeof(front.mask));
+  for (uint32_t level = count; level > 0; --level) {
+    if (state.actions[level - 1].handler == front.handler) return level - 1;
+  }
+  return count;
 }
 
 __attribute__((noinline)) void FaultHandler(int /*signal*/, FaultInfo* info,
@@ -172,21 +223,24 @@ __attribute__((noinline)) void FaultHandler(int /*signal*/, FaultInfo* info,
   if (write) {
     if (WaitForGuard(info->address) || NoteProtectedWrite(info->address)) return;
     // The guard was lowered between the fault and now.
-    if (VmaIsWritable(info->address)) return;
+    if (IsWritable(info->address)) return;
   }
-  PassOn(from_kernel ? Load(&state.action_count) : passed_to - (passed_to > 0 ? 1 : 0), info,
-         context);
+  WaitForNoGuard();
+  PassOn(from_kernel ? Load(&state.action_count) : LevelBehindCaller(info), info, context);
 }
 
 }  // namespace
 
-long EnsureFaultHandler(int maps_fd) {
-  state.maps_fd = maps_fd;
+long EnsureFaultHandler() {
   kernel::KernelSigaction now{};
   const long error = Call(__NR_rt_sigaction, kSigsegv, 0, Address(&now), sizeof(now.mask));
-  // SAFETY: compared and installed, with the arguments the kernel gives (SA_SIGINFO).
-  const auto ours = reinterpret_cast<uint64_t>(&FaultHandler);
-  if (error < 0 || now.handler == ours) return error;
+  if (error < 0) return error;
+  if (now.handler == OwnAddress()) return state.installs;
+  // SAFETY: memory of ours alone.
+  if (const long kept = Call(__NR_madvise, Address(raised_here), sizeof(raised_here), kWipeOnFork);
+      kept < 0) {
+    return kept;
+  }
   const uint32_t count = state.action_count;
   const bool known = count > 0 && state.actions[count - 1].handler == now.handler &&
                      state.actions[count - 1].flags == now.flags;
@@ -196,34 +250,44 @@ long EnsureFaultHandler(int maps_fd) {
     Store(&state.action_count, count + 1);
   }
   kernel::KernelSigaction action{};
-  action.handler = ours;
+  action.handler = OwnAddress();
   action.flags = kSaSiginfo | kSaRestorer | (now.flags & kSaRestart) |
                  (now.handler < 2 ? kSaOnStack : now.flags & kSaOnStack);
   action.restorer = reinterpret_cast<uint64_t>(&unmoor_fault_restorer);
   action.mask = ~uint64_t{0};
-  return Call(__NR_rt_sigaction, kSigsegv, Address(&action), 0, sizeof(action.mask));
+  const long installed =
+      Call(__NR_rt_sigaction, kSigsegv, Address(&action), 0, sizeof(action.mask));
+  return installed < 0 ? installed : ++state.installs;
 }
 
 void ReleaseFaultHandler() {
   kernel::KernelSigaction now{};
   Call(__NR_rt_sigaction, kSigsegv, 0, Address(&now), sizeof(now.mask));
-  if (now.handler != reinterpret_cast<uint64_t>(&FaultHandler) || state.action_count == 0) return;
+  Call(__NR_madvise, Address(raised_here), sizeof(raised_here), kKeepOnFork);
+  if (now.handler != OwnAddress() || state.action_count == 0) return;
   Call(__NR_rt_sigaction, kSigsegv, Address(&state.actions[state.action_count - 1]), 0,
        sizeof(now.mask));
   // The older ones stay: a handler of the program's may still call ours as the one it replaced.
 }
 
-void RaiseGuard(uint64_t begin, uint64_t end, int protection) {
+void RaiseGuard(uint64_t begin, uint64_t end, int protection, const Part* parts, uint32_t count) {
   state.begin = begin;
   state.end = end;
   state.protection = protection;
-  state.owner = raw::ProcessId();
-  __atomic_add_fetch(&state.word, 1, __ATOMIC_SEQ_CST);
+  state.parts = parts;
+  state.part_count = count;
+  Store(&state.owner, raw::ProcessId());
+  Store(raised_here, 1u);
+  Store(&state.word, (Load(&state.word) + 1) | 1);
 }
 
 void LowerGuard() {
   __atomic_add_fetch(&state.word, 1, __ATOMIC_SEQ_CST);
   raw::FutexWake(&state.word, 0x7fffffff);
+}
+
+uint32_t WaitingForGuard() {
+  return Load(&state.waiting);
 }
 
 GuardCounts ReadGuardCounts() {
@@ -247,12 +311,6 @@ void RemoveProtectedRange(uint64_t begin) {
   for (ProtectedRange& range : state.ranges) {
     if (range.end != 0 && range.begin == begin) Store(&range.end, uint64_t{0});
   }
-}
-
-void ResetFaultGuardAfterFork() {
-  // The guard itself stays up for the child to find: a clone that is no fork() may have come in
-  // one.
-  state.maps_fd = -1;  // of the parent
 }
 
 }  // namespace unmoor::local

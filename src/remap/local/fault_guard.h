@@ -11,24 +11,32 @@
 //
 // The program's handler gets every fault that is not ours as the kernel would have given it:
 // siginfo, context, mask, SA_RESETHAND; ours stands on the alternate stack only where its own
-// would. A handler installed after ours is found (EnsureInstalled) and ours put in front again;
-// should it call ours as the one it replaced, the fault goes on to the one before. In a forked
-// child a piece guarded at that moment gets its protection back at the first write.
+// would. A handler installed after ours is found (EnsureFaultHandler) and ours put in front again;
+// should it call ours as the one it replaced, then or when ours has been let go, the fault goes on
+// to the one before. No guard is up while a handler of the program's runs with SIGSEGV blocked. In
+// a forked child a piece guarded at that moment gets its protection back at the first write; a
+// child that shares our memory (vfork, CLONE_VM) waits like a thread.
 #pragma once
 
 #include <cstdint>
 
 namespace unmoor::local {
 
-// Before each guard. 0 or -errno. `maps_fd`: /proc/self/maps, for faults that come late.
-long EnsureFaultHandler(int maps_fd);
+// Before each guard. How often it was put in front of something so far, or -errno. After a new
+// number, children under way (their handlers were copied already, their memory was not) have to be
+// waited for.
+long EnsureFaultHandler();
 // When no guard and no tracker needs it any more: gives way to the handler before, unless the
 // program has put its own in front.
 void ReleaseFaultHandler();
 
-// One guard at a time (Locks::address_space). The caller protects after Raise and before Lower.
-void RaiseGuard(uint64_t begin, uint64_t end, int protection);
+// One guard at a time (Locks::address_space). The caller protects the parts after Raise, once no
+// thread has SIGSEGV blocked, and gives all of them their protection back before Lower.
+struct Part;  // window.h
+void RaiseGuard(uint64_t begin, uint64_t end, int protection, const Part* parts, uint32_t count);
 void LowerGuard();
+// Threads of this process that wait for it to be lowered, with all signals blocked.
+uint32_t WaitingForGuard();
 
 struct GuardCounts {
   uint64_t faults = 0;
@@ -40,7 +48,5 @@ GuardCounts ReadGuardCounts();  // since the process began
 // False when there is no slot left.
 bool AddProtectedRange(uint64_t begin, uint64_t end, int protection, uint64_t* bits);
 void RemoveProtectedRange(uint64_t begin);
-
-void ResetFaultGuardAfterFork();
 
 }  // namespace unmoor::local

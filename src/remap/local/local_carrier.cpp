@@ -24,12 +24,15 @@ namespace unmoor::local {
 namespace {
 
 constexpr size_t kSpareMaps = 64;  // what the remap may need for itself
+constexpr std::string_view kRing = "anon_inode:[io_uring]";
 constexpr Nanos kPinCheckInterval(50'000'000);
 constexpr Nanos kPatience(8'000'000'000);  // for threads that do not come to rest
 constexpr int64_t kLongestStop = 250'000'000;  // ns; of one window in vain
 constexpr int64_t kRestAfterVain = 3;          // times as long as the window took
 constexpr int kPlanAttempts = 1000;
 constexpr size_t kRefusalsOfAnArea = 64;
+constexpr size_t kMappedParts = 64;  // of the first last look
+constexpr Nanos kAfterRing(500'000'000);
 constexpr Bytes kHotChunk(uint64_t{32} << 20);
 
 constexpr struct {
@@ -38,6 +41,14 @@ constexpr struct {
 } kFlagAdvice[] = {{"hg", MADV_HUGEPAGE},  {"nh", MADV_NOHUGEPAGE}, {"dd", MADV_DONTDUMP},
                    {"mg", MADV_MERGEABLE}, {"sr", MADV_SEQUENTIAL}, {"rr", MADV_RANDOM},
                    {"dc", MADV_DONTFORK}};
+
+// VmPin: what RDMA, and buffers registered with an io_uring, hold for good.
+Result<Bytes> PinnedMemory() {
+  UNMOOR_ASSIGN(const std::string status, ReadFile("/proc/self/status"));
+  const size_t at = status.find("\nVmPin:");
+  if (at == std::string::npos) return Bytes(0);
+  return Bytes(std::strtoull(status.c_str() + at + 7, nullptr, 10) << 10);
+}
 
 uint64_t DeviceOf(const Area& area) {
   return uint64_t{area.dev_major} << 32 | area.dev_minor;
@@ -150,20 +161,24 @@ bool RemapShare::AdoptMoved(const Area& area) {
 
 Result<std::vector<VaddrRange>> RemapShare::FindMapped() {
   MappedParts found;
+  std::vector<MappedPart> parts(kMappedParts);
   constexpr int64_t kFirstStop = 1'000'000;
   int64_t limit = kFirstStop;
-  for (const Nanos began = MonotonicNow(); !found.complete;) {
+  for (const Nanos began = MonotonicNow(); !found.whole;) {
     if (MonotonicNow() - began > kPatience) {
       return Errno(EBUSY, "the threads do not come to rest for a last look");
     }
-    found = FindMappedFrozen(watcher_->fds(), limit);
-    if (!found.complete) SleepFor(Nanos(kRestAfterVain * limit));
+    found =
+        FindMappedFrozen(watcher_->fds(), limit, parts.data(), static_cast<uint32_t>(parts.size()));
+    if (found.open && !found.whole) parts.resize(4 * parts.size());  // of other remappers
+    if (found.open) continue;
+    SleepFor(Nanos(kRestAfterVain * limit));
     limit = std::min(2 * limit, kLongestStop);
   }
   std::vector<VaddrRange> ours;
   const RangeSet refused = this->refused();
   for (uint32_t i = 0; i < found.count; ++i) {
-    const MappedPart& part = found.parts[i];
+    const MappedPart& part = parts[i];
     Area area;
     area.range = {Vaddr(part.begin), Vaddr(part.end)};
     area.dev_major = static_cast<uint32_t>(part.device >> 32);
@@ -474,17 +489,30 @@ void LocalCarrier::SortPlan() {
 Result<> LocalCarrier::CheckNoPinnedMemory() {
   last_pin_check_ = MonotonicNow();
   UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(OwnPid()));
+  bool ring = false;
   for (const VmaInfo& vma : vmas) {
     if (vma.name.starts_with("/[aio]")) {
       return Errno(EBUSY, "the process uses Linux AIO, whose buffers must not move; close it");
     }
+    ring = ring || vma.name == kRing;  // lives on while it is mapped
   }
   UNMOOR_ASSIGN(const std::vector<std::string> fds, ListDirectory("/proc/self/fd"));
   for (const std::string& fd : fds) {
     const auto target = ReadLink("/proc/self/fd/" + fd);
-    if (target && *target == "anon_inode:[io_uring]") {
-      return Errno(EBUSY, "the process uses io_uring, whose buffers must not move; close it");
-    }
+    ring = ring || (target && *target == kRing);
+  }
+  if (ring) {
+    ring_seen_ = true;
+    return Errno(EBUSY, "the process uses io_uring, whose buffers must not move; close it");
+  }
+  // The kernel ends what a closed ring had under way when it comes to it, and nothing tells when.
+  if (std::exchange(ring_seen_, false)) SleepFor(kAfterRing);
+  UNMOOR_ASSIGN(const Bytes pinned, PinnedMemory());
+  if (pinned.value > 0) {
+    return Errno(EBUSY,
+                 fmt::format("{} bytes of the process's memory are pinned for a device or an "
+                             "io_uring, and must not move; release them",
+                             pinned.value));
   }
   return {};
 }
@@ -743,7 +771,7 @@ Result<SwapOutcome> LocalCarrier::SwapGuardedPieces(std::span<const WindowPiece>
   all.result = SwapResult::kSwapped;
   for (const WindowPiece& piece : pieces) {
     const WindowResult result =
-        SwapGuarded(share_->watcher().fds(), piece, dirty_limit.value, *room_);
+        SwapGuarded(share_->watcher().fds(), piece, dirty_limit.value, StopLimit(), *room_);
     longest_guard_ = std::max(longest_guard_, Nanos(result.guard_ns));
     if (result.outcome == WindowResult::kUnguardable) {
       frozen_pieces_.push_back(piece);

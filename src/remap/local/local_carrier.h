@@ -178,6 +178,7 @@ class LocalCarrier final : public Carrier {
   Nanos busy_since_;  // zero: not
 
   Nanos last_pin_check_;
+  bool ring_seen_ = false;
   Nanos longest_guard_;
 };
 

@@ -445,8 +445,8 @@ bool HoldsThreadMemory(int task_fd, uint64_t begin, uint64_t end) {
   }
 }
 
-bool AnyThreadBlocks(int task_fd, int signal) {
-  bool blocked = false;
+long CountBlocking(int task_fd, int signal) {
+  long blocked = 0;
   const long error = ForEachThread(task_fd, [&](int tid, const char*) -> long {
     char text[4096];
     const long size = ReadThreadFile(task_fd, tid, "/status", text, sizeof(text));
@@ -460,12 +460,12 @@ bool AnyThreadBlocks(int task_fd, int signal) {
         const char c = text[i];
         mask = mask << 4 | static_cast<uint64_t>(c <= '9' ? c - '0' : c - 'a' + 10);
       }
-      blocked = blocked || (mask >> (signal - 1) & 1) != 0;
+      blocked += static_cast<long>(mask >> (signal - 1) & 1);
       return 0;
     }
     return 0;
   });
-  return blocked || error < 0;
+  return error < 0 ? error : blocked;
 }
 
 uint32_t CountThreads(int task_fd) {

@@ -64,8 +64,8 @@ bool LocalStorageIsQuiet(int task_fd, uint64_t begin, uint64_t end, int64_t limi
 // it was when the thread was last in the handler. Threads never seen yet are made to come by
 // first (the window need not be open). True also when that cannot be told.
 bool HoldsThreadMemory(int task_fd, uint64_t begin, uint64_t end);
-// Whether a thread has `signal` blocked.
-bool AnyThreadBlocks(int task_fd, int signal);
+// How many threads have `signal` blocked; or -errno.
+long CountBlocking(int task_fd, int signal);
 
 struct SleepingCall {
   uint64_t number;

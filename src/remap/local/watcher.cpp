@@ -40,7 +40,6 @@ void AfterForkInParent() {
 
 void AfterForkInChild() {
   ResetAfterFork();
-  ResetFaultGuardAfterFork();
   ResetWindowsAfterFork();
   // The parent's userfaultfd must not outlive the parent's own use of it.
   for (const int fd : {current_fds.uffd, current_fds.maps, current_fds.pagemap, current_fds.memory,

@@ -45,6 +45,9 @@ struct State {
   MirrorPlace mirrors[kMaxMirrors];
   uint32_t mirror_count = 0;
   TrackedRange tracked[kMaxTracked];
+  // Of the fault handler's installs: the last, and the last since which every thread has been in
+  // the rendezvous.
+  long installed = 0, everybody_passed = 0;
 };
 State state;
 
@@ -303,9 +306,23 @@ long SwapQuiet(const Descriptors& fds, const WindowPiece* pieces, uint32_t count
 
 // A guard needs every writer able to take a signal on a stack of its own elsewhere.
 bool MayGuard(const Descriptors& fds, const WindowPiece& piece) {
-  constexpr int kSigsegv = 11;
-  return !HoldsThreadMemory(fds.tasks, piece.begin, piece.end) &&
-         !AnyThreadBlocks(fds.tasks, kSigsegv) && EnsureFaultHandler(fds.maps) == 0;
+  if ((piece.protection & kWrite) == 0 || HoldsThreadMemory(fds.tasks, piece.begin, piece.end)) {
+    return false;
+  }
+  state.installed = EnsureFaultHandler();
+  return state.installed > 0;
+}
+
+// With the guard raised: whether every thread that has SIGSEGV blocked waits for it. (One that
+// waits does so to the end; one on its way into our handler gets a moment.)
+bool NobodyBlocksFaults(const Descriptors& fds) {
+  constexpr int kSigsegv = 11, kLooks = 5;
+  for (int i = 0; i < kLooks; ++i) {
+    if (i > 0) raw::Sleep(20'000);
+    const long waiting = WaitingForGuard();
+    if (CountBlocking(fds.tasks, kSigsegv) == waiting) return true;
+  }
+  return false;
 }
 
 WindowResult SwapGuardedLocked(const Descriptors& fds, const WindowPiece& piece,
@@ -315,7 +332,12 @@ WindowResult SwapGuardedLocked(const Descriptors& fds, const WindowPiece& piece,
   const long collected = CollectParts(fds, &piece, 1, room, parts, result.skipped);
   if (collected < 0 || parts == 0) return Outcome(collected, result);
   const int64_t began = raw::Now();
-  RaiseGuard(piece.begin, piece.end, static_cast<int>(piece.protection));
+  RaiseGuard(piece.begin, piece.end, static_cast<int>(piece.protection), room.parts, parts);
+  if (!NobodyBlocksFaults(fds)) {
+    LowerGuard();
+    result.outcome = WindowResult::kUnguardable;
+    return result;
+  }
   long error = 0;
   uint32_t swapped = 0;
   for (uint32_t i = 0; error == 0 && i < parts; ++i) {
@@ -360,8 +382,8 @@ void MakeZero(const Descriptors& fds, const kernel::ProcmapQuery& vma, uint64_t 
   Unregister(fds, begin, end);
   bool moved = false;
   if (place != nullptr) {
-    // A copying thread may be at this part of the mirror: that stays writable. Nobody of the program
-    // is awake to see what arrives before it has its protection.
+    // A copying thread may be at this part of the mirror: that stays writable. Nobody of the
+    // program is awake to see what arrives before it has its protection.
     moved = MoveOver(place->base + (begin - place->begin), begin, end - begin) >= 0;
     if (moved) Call(__NR_madvise, Word(begin), Word(end - begin), kDontNeed);
     if (moved && protection != (kRead | kWrite)) moved = Protect(begin, end, protection) >= 0;
@@ -516,9 +538,9 @@ void AnswerEvents(const Descriptors& fds, const Sleepers& sleepers) {
   }
 }
 
-// After HoldReturns: everybody in, with the events of those that wait for one answered on the way; a
-// thread may have several, one after the other. What was shortened makes it wait for longer than the
-// limit.
+// After HoldReturns: everybody in, with the events of those that wait for one answered on the way;
+// a thread may have several, one after the other. What was shortened makes it wait for longer than
+// the limit.
 WindowAttempt AwaitServing(const Descriptors& fds, int64_t limit_ns) {
   constexpr int64_t kBetweenLooks = 100'000;
   const int64_t began = raw::Now();
@@ -546,6 +568,7 @@ WindowAttempt OpenServing(const Descriptors& fds, int64_t limit_ns) {
   WindowAttempt attempt;
   attempt.error = HoldReturns(fds.tasks);
   if (attempt.error >= 0) attempt = AwaitServing(fds, limit_ns);
+  if (attempt.open) state.everybody_passed = state.installed;
   if (!attempt.open) CloseWindow();
   return attempt;
 }
@@ -566,6 +589,19 @@ void ServeEventsLocked(const Descriptors& fds) {
   AnswerEvents(fds, sleepers);
   if (cuts.count > 0) AwaitServing(fds, kDetachLimit);
   CloseWindow();
+}
+
+// Before the first guard under a newly installed handler. A fork under way copied the handlers
+// before it copies the memory: its child would have the guard without the handler. It is over once
+// its thread has been in the rendezvous.
+bool EverybodyPassed(const Descriptors& fds, int64_t limit_ns, WindowResult& result) {
+  if (state.installed == state.everybody_passed) return true;
+  const int64_t began = raw::Now();
+  const WindowAttempt attempt = OpenServing(fds, limit_ns);
+  if (attempt.open) CloseWindow();
+  result.late_thread = attempt.late_thread;
+  result.pause_ns = raw::Now() - began;
+  return attempt.open;
 }
 
 // The window with both locks held.
@@ -717,35 +753,38 @@ WindowResult SwapFrozen(const Descriptors& fds, const WindowPiece* pieces, uint3
 }
 
 WindowResult SwapGuarded(const Descriptors& fds, const WindowPiece& piece, uint64_t dirty_limit,
-                         WindowRoom& room) {
+                         int64_t stop_limit_ns, WindowRoom& room) {
   const WindowTurn turn;
   WindowResult result;
   ServeEventsLocked(fds);
   uint32_t parts = 0;
   if (CollectParts(fds, &piece, 1, room, parts, result.skipped) == 0 && parts == 0) {
     result.outcome = WindowResult::kSwapped;  // by an attempt before; or gone
-  } else if ((piece.protection & kWrite) == 0 || !MayGuard(fds, piece)) {
+  } else if (!MayGuard(fds, piece)) {
     result.outcome = WindowResult::kUnguardable;
+  } else if (!EverybodyPassed(fds, stop_limit_ns, result)) {
+    result.outcome = WindowResult::kBusy;
   } else {
     result = SwapGuardedLocked(fds, piece, dirty_limit, room);
   }
   return result;
 }
 
-MappedParts FindMappedFrozen(const Descriptors& fds, int64_t stop_limit_ns) {
+MappedParts FindMappedFrozen(const Descriptors& fds, int64_t stop_limit_ns, MappedPart* parts,
+                             uint32_t room) {
   const WindowTurn turn;
   MappedParts found;
-  found.complete = OpenServing(fds, stop_limit_ns).open;
+  found.open = OpenServing(fds, stop_limit_ns).open;
+  if (!found.open) return found;
+  found.whole = true;
   kernel::ProcmapQuery vma;
-  constexpr uint32_t kMost = sizeof(found.parts) / sizeof(found.parts[0]);
-  for (uint64_t at = 0; found.complete && found.count < kMost &&
-                        QueryVma(fds, at, vma, kernel::kProcmapQueryFileBacked);
-       at = vma.vma_end) {
+  for (uint64_t at = 0; QueryVma(fds, at, vma, kernel::kProcmapQueryFileBacked); at = vma.vma_end) {
     if (!IsImage(vma) || !IsWatched(fds, vma.vma_start)) continue;
-    found.parts[found.count++] = {vma.vma_start, vma.vma_end, DeviceOf(vma), vma.inode,
-                                  vma.vma_offset};
+    found.whole = found.count < room;
+    if (!found.whole) break;
+    parts[found.count++] = {vma.vma_start, vma.vma_end, DeviceOf(vma), vma.inode, vma.vma_offset};
   }
-  if (found.complete) CloseWindow();
+  CloseWindow();
   return found;
 }
 

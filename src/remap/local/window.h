@@ -107,7 +107,7 @@ WindowResult SwapFrozen(const Descriptors& fds, const WindowPiece* pieces, uint3
                         uint64_t dirty_limit, int64_t stop_limit_ns, WindowRoom& room);
 // One small piece under the read-only guard.
 WindowResult SwapGuarded(const Descriptors& fds, const WindowPiece& piece, uint64_t dirty_limit,
-                         WindowRoom& room);
+                         int64_t stop_limit_ns, WindowRoom& room);
 
 // Watched memory that maps a known image.
 struct MappedPart {
@@ -116,14 +116,15 @@ struct MappedPart {
   uint64_t offset;  // of begin
 };
 struct MappedParts {
-  bool complete = false;  // false: the threads did not come to rest in time
-  uint32_t count = 0;     // of a process with more, the first
-  MappedPart parts[64];
+  bool open = false;   // the threads came to rest in time
+  bool whole = false;  // there was room for all
+  uint32_t count = 0;
 };
 
 // What is direct-mapped, seen with all threads at rest: a list read while the program moves memory
 // about may miss what moves.
-MappedParts FindMappedFrozen(const Descriptors& fds, int64_t stop_limit_ns);
+MappedParts FindMappedFrozen(const Descriptors& fds, int64_t stop_limit_ns, MappedPart* parts,
+                             uint32_t room);
 
 // --- events -------------------------------------------------------------------------------------
 

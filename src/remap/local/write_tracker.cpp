@@ -95,9 +95,8 @@ Result<> WriteTracker::ProtectRanges() {
   for (Tracked& tracked : tracked_) {
     UNMOOR_ASSIGN(tracked.prot, ProtectionOf(maps_.get(), tracked.range));
     locks.address_space.Acquire();
-    const long error = EnsureFaultHandler(maps_.get());
-    const bool room =
-        error == 0 && AddProtectedRange(tracked.range.begin.value, tracked.range.end.value,
+    const bool room = EnsureFaultHandler() > 0 &&
+                      AddProtectedRange(tracked.range.begin.value, tracked.range.end.value,
                                         tracked.prot, tracked.bits.data());
     locks.address_space.Release();
     if (!room) return UserError("too many tracked ranges");

@@ -1,5 +1,6 @@
 // The fault guard and fork, at the moments that a run meets too seldom: made on purpose.
 #include <fcntl.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -7,7 +8,12 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <fstream>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "fixture.h"
 #include "remap/local/fault_guard.h"
@@ -47,29 +53,165 @@ TEST(Guard, ForkTakesNoPartInAWindow) {
   EXPECT_FALSE(forked_inside);
 }
 
+bool IsReadOnly(const char* page) {
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    uint64_t begin = 0, end = 0;
+    char protection[5] = {};
+    if (std::sscanf(line.c_str(), "%lx-%lx %4s", &begin, &end, protection) != 3) continue;
+    const auto at = reinterpret_cast<uint64_t>(page);
+    if (begin <= at && at < end) return protection[1] == '-';
+  }
+  return false;
+}
+
+// A page under a guard of its own, for as long as it lives.
+class GuardedPage {
+ public:
+  explicit GuardedPage(char* page) : page_(page), part_{Address(), Address() + kPage, 0} {
+    local::locks.address_space.Acquire();
+    EXPECT_GT(local::EnsureFaultHandler(), 0);
+    local::RaiseGuard(part_.begin, part_.end, PROT_READ | PROT_WRITE, &part_, 1);
+    ::mprotect(page, kPage, PROT_READ);
+  }
+  ~GuardedPage() {
+    ::mprotect(page_, kPage, PROT_READ | PROT_WRITE);
+    local::LowerGuard();
+    local::locks.address_space.Release();
+  }
+
+ private:
+  [[nodiscard]] uint64_t Address() const { return reinterpret_cast<uint64_t>(page_); }
+  char* page_;
+  local::Part part_;
+};
+
+// Until the thread sleeps in a futex.
+void AwaitFutex(pid_t tid) {
+  for (std::string call; call != "202";) {
+    std::ifstream("/proc/" + std::to_string(tid) + "/syscall") >> call;
+    ::usleep(1000);
+  }
+}
+
 // clone without fork's handlers, as some programs do.
 TEST(Guard, AChildThatInheritedAGuardWrites) {
   auto watcher = local::Watcher::Get(0);
   ASSERT_TRUE(watcher) << watcher.error().message();
   char* page = OnePage();
-  local::locks.address_space.Acquire();
-  ASSERT_EQ(local::EnsureFaultHandler((*watcher)->fds().maps), 0);
-  const auto begin = reinterpret_cast<uint64_t>(page);
-  local::RaiseGuard(begin, begin + kPage, PROT_READ | PROT_WRITE);
-  ::mprotect(page, kPage, PROT_READ);
-  const auto child = static_cast<pid_t>(::syscall(SYS_fork));
-  if (child == 0) {
-    ::alarm(10);
-    *static_cast<volatile char*>(page) = 1;
-    ::_exit(page[0] == 1 ? 0 : 1);
+  pid_t child = 0;
+  {
+    const GuardedPage guard(page);
+    child = static_cast<pid_t>(::syscall(SYS_fork));
+    if (child == 0) {
+      ::alarm(10);
+      *static_cast<volatile char*>(page) = 1;
+      ::_exit(page[0] == 1 ? 0 : 1);
+    }
   }
-  ::mprotect(page, kPage, PROT_READ | PROT_WRITE);
-  local::LowerGuard();
-  local::locks.address_space.Release();
   int status = 0;
   ASSERT_EQ(::waitpid(child, &status, 0), child);
   EXPECT_EQ(status, 0);
   ::munmap(page, kPage);
+}
+
+// As vfork and posix_spawn make them: to lift the guard would lift it for the program.
+TEST(Guard, AChildThatSharesOurMemoryWaits) {
+  auto watcher = local::Watcher::Get(0);
+  ASSERT_TRUE(watcher) << watcher.error().message();
+  static char* page;
+  page = OnePage();
+  std::vector<char> stack(1 << 16);
+  pid_t child = 0;
+  {
+    const GuardedPage guard(page);
+    child = ::clone(
+        [](void*) {
+          *static_cast<volatile char*>(page) = 1;
+          return 0;
+        },
+        stack.data() + stack.size(), CLONE_VM | SIGCHLD, nullptr);
+    ASSERT_GT(child, 0);
+    AwaitFutex(child);
+    EXPECT_TRUE(IsReadOnly(page));
+    EXPECT_EQ(page[0], 0);
+  }
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+  EXPECT_EQ(page[0], 1);
+  ::munmap(page, kPage);
+}
+
+// Where a handler runs SIGSEGV is blocked: a guarded page would be its end.
+TEST(Guard, AHandlerOfTheProgramsMayWriteAnywhere) {
+  EXPECT_TRUE(InChild([] {
+    auto watcher = local::Watcher::Get(0);
+    if (!watcher) return false;
+    static char *page, *own;
+    page = OnePage();
+    own = OnePage();
+    ::mprotect(own, kPage, PROT_READ);
+    struct sigaction action {};
+    action.sa_flags = SA_SIGINFO;
+    action.sa_sigaction = [](int, siginfo_t*, void*) {
+      *static_cast<volatile char*>(page) = 1;
+      ::mprotect(own, kPage, PROT_READ | PROT_WRITE);
+    };
+    ::sigaction(SIGSEGV, &action, nullptr);
+    std::atomic<pid_t> tid{0};
+    std::thread thread;
+    {
+      const GuardedPage guard(page);
+      thread = std::thread([&] {
+        tid = ::gettid();
+        *static_cast<volatile char*>(own) = 1;
+      });
+      while (tid == 0) ::usleep(100);
+      AwaitFutex(tid);
+    }
+    thread.join();
+    return page[0] == 1 && own[0] == 1;
+  }));
+}
+
+// A fork copies the handlers first: with the handler installed and a guard raised in between, the
+// child would have the guard and no handler. vfork stands for it, since it takes as long as we
+// like.
+class InFork : public Hazard {};
+TEST_F(InFork, AThreadThereIsWaitedForBeforeTheFirstGuard) {
+  MakeImage(4 * kMiB);
+  EXPECT_TRUE(InChild([&] {
+    int ends[2];
+    if (::pipe(ends) != 0) return false;
+    std::atomic<bool> go{false};
+    std::atomic<pid_t> tid{0};
+    std::thread forker([&] {
+      tid = ::gettid();
+      while (!go) ::usleep(100);
+      const pid_t child = ::vfork();
+      if (child == 0) {
+        char byte;
+        (void)!::read(ends[0], &byte, 1);
+        ::_exit(0);
+      }
+      ::waitpid(child, nullptr, 0);
+    });
+    Map();
+    if (!Start().Wait(kLimit).ok()) return false;  // the thread is known from here on
+    Map();
+    go = true;
+    for (std::string child; child.empty(); ::usleep(1000)) {
+      std::ifstream("/proc/self/task/" + std::to_string(tid) + "/children") >> child;
+    }
+    auto remapper = Start(unmoor::Guard::kFault, false);
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    const bool waited = remapper.progress().done_bytes == 0;
+    (void)!::write(ends[1], "x", 1);
+    forker.join();
+    while (remapper.Wait(kLimit).code() == unmoor::StatusCode::kBusy) remapper.Resume();
+    return waited && remapper.progress().status == unmoor::RemapStatus::kReady;
+  }));
 }
 
 struct sigaction ours;
@@ -81,7 +223,7 @@ TEST(Guard, AFaultThatComesLateIsTriedAgain) {
     auto watcher = local::Watcher::Get(0);
     if (!watcher) return false;
     late_page = OnePage();
-    if (local::EnsureFaultHandler((*watcher)->fds().maps) != 0) return false;
+    if (local::EnsureFaultHandler() < 0) return false;
     struct sigaction front {};
     front.sa_flags = SA_SIGINFO;
     front.sa_sigaction = [](int signal, siginfo_t* info, void* context) {
