@@ -343,7 +343,7 @@ void Writer::Deny() {
 // Out of the arena and back.
 void Writer::Move() {
   const Target target = Pick(loud_, OneIn(random_, 2) ? 1 : kSparePages);
-  // What is out of its place while the remapper starts is not watched (docs/library-engine.md).
+  // What is out of its place while the remapper starts is not watched (docs/guarantees.md).
   if (target.chunk == nullptr || pthread_rwlock_tryrdlock(&round_.watched) != 0) return;
   MoveAndBack(target);
   pthread_rwlock_unlock(&round_.watched);

@@ -86,12 +86,14 @@ class GuardedPage {
   local::Part part_;
 };
 
-// Until the thread sleeps in a futex.
-void AwaitFutex(pid_t tid) {
-  for (std::string call; call != "202";) {
-    std::ifstream("/proc/" + std::to_string(tid) + "/syscall") >> call;
+// Until the thread sleeps in a futex. False: it does not.
+bool SleepsInFutex(pid_t tid) {
+  std::string call;
+  for (int i = 0; call != "202" && i < 30'000; ++i) {
     ::usleep(1000);
+    std::ifstream("/proc/" + std::to_string(tid) + "/syscall") >> call;
   }
+  return call == "202";
 }
 
 // clone without fork's handlers, as some programs do.
@@ -132,7 +134,7 @@ TEST(Guard, AChildThatSharesOurMemoryWaits) {
         },
         stack.data() + stack.size(), CLONE_VM | SIGCHLD, nullptr);
     ASSERT_GT(child, 0);
-    AwaitFutex(child);
+    EXPECT_TRUE(SleepsInFutex(child));
     EXPECT_TRUE(IsReadOnly(page));
     EXPECT_EQ(page[0], 0);
   }
@@ -161,6 +163,7 @@ TEST(Guard, AHandlerOfTheProgramsMayWriteAnywhere) {
     ::sigaction(SIGSEGV, &action, nullptr);
     std::atomic<pid_t> tid{0};
     std::thread thread;
+    bool waits = false;
     {
       const GuardedPage guard(page);
       thread = std::thread([&] {
@@ -168,10 +171,10 @@ TEST(Guard, AHandlerOfTheProgramsMayWriteAnywhere) {
         *static_cast<volatile char*>(own) = 1;
       });
       while (tid == 0) ::usleep(100);
-      AwaitFutex(tid);
+      waits = SleepsInFutex(tid);
     }
     thread.join();
-    return page[0] == 1 && own[0] == 1;
+    return waits && page[0] == 1 && own[0] == 1;
   }));
 }
 
