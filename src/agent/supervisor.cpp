@@ -69,6 +69,9 @@ class WorkerProcess {
       UNMOOR_TRY(ResumeWhenTold());
     }
     if (!direct_mapped) return Finish();
+    spdlog::info("process {} is watched; max pause {}, thp {}, guard {}", task_.task.pid.value,
+                 HumanTime(options_.max_pause), options_.thp == ThpPolicy::kAuto ? "auto" : "never",
+                 options_.guard == GuardPolicy::kFreeze ? "freeze" : "fault");
     // The program's first moments, and the end of the command that restored it, come first.
     if (task_.task.stopped) UNMOOR_TRY(worker_.Watch(kFirstMoments, RemapAsked));
     if (task_.forked && options_.remap) {
@@ -337,7 +340,19 @@ class Supervisor {
     for (const Child& child : children_) {
       if (child.task.task.stopped) (void)SendSignal(child.task.task.pid, SIGKILL);
     }
-    if (!view_->empty()) (void)RemoveTree(*view_);
+    if (!view_->empty()) RemoveView();
+  }
+
+  // Whoever was killed may be making its last file there, and a criu that we were not told of ends
+  // by itself only in a moment.
+  void RemoveView() {
+    constexpr int kLooks = 5;
+    const Nanos began = MonotonicNow();
+    for (int gone = 0; gone < kLooks && MonotonicNow() - began < kLastWords;) {
+      (void)RemoveTree(*view_);
+      gone = Exists(*view_) ? 0 : gone + 1;
+      SleepFor(kLookAgain);
+    }
   }
 
   // Workers end when their sockets do; the command may wait for our own end.

@@ -68,9 +68,6 @@ Result<bool> Worker::Begin(Fd old_uffd) {
   if (!mapped && leftovers.empty() && helpers.empty()) return false;
   UNMOOR_TRY(RepeatWhileBusy([this](Nanos stop_limit) { return StopAndInject(stop_limit); }));
   SaveProgress("");
-  spdlog::info("process {} is watched; max pause {}, thp {}, guard {}", pid_.value,
-               HumanTime(options_.max_pause), options_.thp == ThpPolicy::kAuto ? "auto" : "never",
-               options_.guard == GuardPolicy::kFreeze ? "freeze" : "fault");
   return true;
 }
 

@@ -325,9 +325,9 @@ def restore_killed(story):
     churn.await_gone()
     story.demand_no_agent()
     ran = 0
-    for attempt in range(14):
+    for attempt in range(10):
         restore = story.popen([UNMOOR, "restore", "-D", image, "-d"])
-        time.sleep(attempt / 12 * whole)
+        time.sleep(attempt / 8 * whole)
         if restore.poll() is None:
             os.kill(restore.pid, signal.SIGKILL)
         restore.wait(60)
@@ -339,7 +339,7 @@ def restore_killed(story):
             kill(churn.pid)
         churn.await_gone()
         story.demand_no_agent()
-    story.say(f"{ran} of 14 were killed too late")
+    story.say(f"{ran} of 10 were killed too late")
     story.restore(churn, image)
     story.wait_ready(churn)
     churn.await_sweep()
