@@ -381,6 +381,8 @@ RemapReport Worker::report() const {
 }
 
 void Worker::SaveProgress(const std::string& problem) {
+  // Its id may be another process's by now, restored a moment ago and with an agent of its own.
+  if (program_ended()) return;
   last_saved_ = MonotonicNow();
   const ProgressFile progress{pid_, start_time_, OwnPid(), supervisor_, false, problem, report()};
   if (const auto saved = WriteProgress(progress); !saved) {
