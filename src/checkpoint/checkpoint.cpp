@@ -348,9 +348,7 @@ Result<Manifest> Dumper::MakeManifest(const std::string& directory,
     entry.vpid = task.vpid;
     entry.ppid = task.parent;
     entry.comm = task.name;
-    entry.state = task.state == criu::TaskState::kStopped ? "stopped"
-                  : task.has_memory()                     ? "running"
-                                                          : "zombie";
+    entry.state = task.state_name();
     const auto routed = router.tasks().find(task.vpid);
     if (routed != router.tasks().end()) {
       UNMOOR_TRY(CompareWithMetadata(CriuDirectory(directory), task.vpid, routed->second));
@@ -384,8 +382,8 @@ Result<> RemoveUnusedLayers(const Manifest& manifest, const std::string& directo
   return {};
 }
 
-// Behind the dump, so that the program is not frozen for it. What cannot be packed is published as it
-// is: the program may be gone, and this all there is of it.
+// Behind the dump, so that the program is not frozen for it. What cannot be packed is published as
+// it is: the program may be gone, and this all there is of it.
 void Dumper::Pack(const std::string& directory, const ManifestLayer& layer) {
   const auto packed = PackLayerIn(directory, layer, *options_.compression, observer_.packing);
   if (packed) {

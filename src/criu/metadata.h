@@ -28,6 +28,11 @@ struct Task {
   [[nodiscard]] bool has_memory() const {
     return state == TaskState::kAlive || state == TaskState::kStopped;
   }
+  // As a manifest has it.
+  [[nodiscard]] std::string_view state_name() const {
+    if (state == TaskState::kStopped) return "stopped";
+    return has_memory() ? "running" : "zombie";
+  }
 };
 
 // Parents before children; the root first.

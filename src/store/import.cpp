@@ -306,9 +306,7 @@ Result<ManifestTask> Importer::ImportTask(const criu::Task& task) {
   entry.vpid = task.vpid;
   entry.ppid = task.parent;
   entry.comm = task.name;
-  entry.state = task.state == criu::TaskState::kStopped ? "stopped"
-                : task.has_memory()                     ? "running"
-                                                        : "zombie";
+  entry.state = task.state_name();
   if (!task.has_memory()) return entry;
   const criu::PageStreamId id{criu::StreamKind::kTask, task.vpid};
   UNMOOR_ASSIGN(const std::vector<ChainRun> runs, pages_.Resolve(id));
