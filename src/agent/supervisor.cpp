@@ -9,6 +9,7 @@
 #include <deque>
 #include <list>
 
+#include "agent/hold_off.h"
 #include "agent/progress_file.h"
 #include "agent/worker.h"
 #include "base/log.h"
@@ -27,6 +28,9 @@ constexpr Nanos kFirstMoments(20'000'000);
 constexpr Nanos kRetry(5'000'000'000);
 constexpr Nanos kLookAgain(20'000'000);
 constexpr Nanos kLastWords(5'000'000'000);
+constexpr Nanos kAsideLook(5'000'000);
+constexpr Nanos kAsideAgain(50'000'000);  // after coming back
+constexpr Nanos kBackLimit(60'000'000'000);
 
 AgentMessage MakeMessage(AgentMessage::Kind kind, Pid pid, std::string_view text = {}) {
   AgentMessage message;
@@ -48,23 +52,22 @@ struct WorkerTask {
 class WorkerProcess {
  public:
   WorkerProcess(const WorkerTask& task, const AgentOptions& options, Fd socket)
-      : task_(task),
-        options_(options),
-        socket_(std::move(socket)),
-        worker_(task.task.pid, options, [this](Pid child, Fd uffd) {
-          Post(MakeMessage(AgentMessage::Kind::kForked, child), uffd.get());
-        }) {}
+      : task_(task), options_(options), socket_(std::move(socket)) {
+    NewWorker();
+  }
 
   Result<> Run(Fd old_uffd) {
     guarded_ = old_uffd.valid();
+    UNMOOR_ASSIGN(program_, OpenPidFd(task_.task.pid));
+    UNMOOR_TRY(Enter());
     const bool restored = task_.task.stopped && !task_.again;
-    UNMOOR_ASSIGN(const bool direct_mapped,
-                  restored ? worker_.BeginRestored() : worker_.Begin(std::move(old_uffd)));
+    UNMOOR_ASSIGN(bool direct_mapped,
+                  restored ? worker_->BeginRestored() : worker_->Begin(std::move(old_uffd)));
     guarded_ = true;
-    if (direct_mapped && options_.eager) UNMOOR_TRY(worker_.Run());
-    Post(MakeMessage(AgentMessage::Kind::kGuarded, task_.task.pid), worker_.uffd());
+    if (direct_mapped && options_.eager) UNMOOR_TRY(worker_->Run());
+    Post(MakeMessage(AgentMessage::Kind::kGuarded, task_.task.pid), worker_->uffd());
     if (task_.task.stopped) {
-      if (direct_mapped) worker_.Record();
+      if (direct_mapped) worker_->Record();
       Post(MakeMessage(AgentMessage::Kind::kRecorded, task_.task.pid), -1);
       UNMOOR_TRY(ResumeWhenTold());
     }
@@ -72,21 +75,19 @@ class WorkerProcess {
     spdlog::info("process {} is watched; max pause {}, thp {}, guard {}", task_.task.pid.value,
                  HumanTime(options_.max_pause), options_.thp == ThpPolicy::kAuto ? "auto" : "never",
                  options_.guard == GuardPolicy::kFreeze ? "freeze" : "fault");
-    // The program's first moments, and the end of the command that restored it, come first.
-    if (task_.task.stopped) UNMOOR_TRY(worker_.Watch(kFirstMoments, RemapAsked));
-    if (task_.forked && options_.remap) {
-      UNMOOR_TRY(worker_.Watch(options_.child_delay, RemapAsked));
-    } else if (!options_.remap) {
-      UNMOOR_TRY(worker_.Watch(Nanos(-1), RemapAsked));
+    for (Nanos first = task_.task.stopped ? kFirstMoments : Nanos(0); direct_mapped;
+         first = Nanos(0)) {
+      const auto worked = Work(first);
+      if (worked) break;
+      if (worked.error().errnum() != ECANCELED) return worked;
+      UNMOOR_ASSIGN(direct_mapped, StandAside());
     }
-    UNMOOR_TRY(RemapWhenPossible());
-    UNMOOR_TRY(worker_.End());
     return Finish();
   }
 
   void Fail(const Error& error) {
     spdlog::warn("process {}: {}", task_.task.pid.value, error.message());
-    if (worker_.program_ended()) {
+    if (ProgramEnded()) {
       (void)Finish();
     } else if (!CallsForAnother(error)) {
       Post(MakeMessage(AgentMessage::Kind::kFailed, task_.task.pid, error.message()), -1);
@@ -94,6 +95,80 @@ class WorkerProcess {
   }
 
  private:
+  void NewWorker() {
+    const auto on_fork = [this](Pid child, Fd uffd) {
+      Post(MakeMessage(AgentMessage::Kind::kForked, child), uffd.get());
+    };
+    worker_.emplace(task_.task.pid, options_, on_fork, worker_ ? worker_->TakeStop() : nullptr);
+  }
+
+  bool ProgramEnded() const {
+    return program_.valid() && WaitReadable(program_.get(), Nanos(0)).value_or(true);
+  }
+
+  // Until nobody else is inside. An agent that is only out for a dump comes back.
+  Result<> Enter() {
+    for (;;) {
+      auto inside = Inside::TryEnter(task_.task.pid);
+      if (inside && *inside) {
+        inside_ = *std::move(inside);
+        return {};
+      }
+      if (worker_->AnotherAgentIsAtWork()) {
+        return MachineError("another agent is at work on process {}", task_.task.pid.value);
+      }
+      SleepFor(kAsideLook);
+      if (ProgramEnded()) return SystemError(ESRCH, "the program ended meanwhile");
+      if (!inside) return Failure(inside.error());
+    }
+  }
+
+  // errnum ECANCELED: a dump asks for the program.
+  Result<> Work(Nanos first_moments) {
+    worker_->StopWhen([this] { return IsAsideAsked(); });
+    // The program's first moments, and the end of the command that restored it, come first.
+    if (first_moments.value > 0) UNMOOR_TRY(worker_->Watch(first_moments, RemapAsked));
+    if (task_.forked && options_.remap) {
+      UNMOOR_TRY(worker_->Watch(options_.child_delay, RemapAsked));
+    } else if (!options_.remap) {
+      UNMOOR_TRY(worker_->Watch(Nanos(-1), RemapAsked));
+    }
+    UNMOOR_TRY(RemapWhenPossible());
+    return worker_->End();
+  }
+
+  bool IsAsideAsked() {
+    const Nanos now = MonotonicNow();
+    if (now < next_aside_look_) return false;
+    next_aside_look_ = now + kAsideLook;
+    return IsHeldOff(task_.task.pid);
+  }
+
+  // Out of the program for as long as somebody dumps it, and in again. False: it has ended, or
+  // nothing of it is direct-mapped any more. The same process throughout, so that a dead supervisor
+  // does not matter.
+  Result<bool> StandAside() {
+    const auto aside = worker_->StepAside();
+    if (!aside) spdlog::debug("cannot stand aside: {}", aside.error().message());
+    if (aside) {
+      inside_.reset();
+      while (!ProgramEnded() && IsHeldOff(task_.task.pid)) SleepFor(kAsideLook);
+      if (!Enter()) return false;
+    }
+    next_aside_look_ = MonotonicNow() + kAsideAgain;
+    const Nanos began = MonotonicNow();
+    for (;;) {
+      if (ProgramEnded()) return false;
+      Fd uffd = worker_->TakeUffd();
+      NewWorker();
+      auto begun = worker_->Begin(std::move(uffd));
+      // A killed criu may trace threads for a moment more.
+      if (begun || MonotonicNow() - began > kBackLimit) return begun;
+      spdlog::debug("not back yet: {}", begun.error().message());
+      SleepFor(kLookAgain);
+    }
+  }
+
   // The helper died, or the program could not be stopped this time: the supervisor starts another
   // worker, and until then nothing that was watched is let go.
   bool CallsForAnother(const Error& error) const {
@@ -104,12 +179,13 @@ class WorkerProcess {
   // program is watched, so that its memory goes on behaving, and the remap is tried again.
   Result<> RemapWhenPossible() {
     for (;;) {
-      const auto done = worker_.Run();
-      if (done || worker_.program_ended()) return {};
-      if (done.error().errnum() == EPIPE) return done;  // the helper died: begin again
+      const auto done = worker_->Run();
+      if (done || ProgramEnded()) return {};
+      const int errnum = done.error().errnum();
+      if (errnum == EPIPE || errnum == ECANCELED) return done;  // the helper died: begin again
       Post(MakeMessage(AgentMessage::Kind::kProblem, task_.task.pid, done.error().message()), -1);
-      UNMOOR_TRY(worker_.Watch(kRetry, RemapAsked));
-      if (worker_.program_ended()) return {};
+      UNMOOR_TRY(worker_->Watch(kRetry, RemapAsked));
+      if (ProgramEnded()) return {};
     }
   }
 
@@ -123,7 +199,7 @@ class WorkerProcess {
 
   Result<> Finish() {
     AgentMessage message = MakeMessage(AgentMessage::Kind::kFinished, task_.task.pid);
-    message.report = worker_.report();
+    message.report = worker_->report();
     Post(message, -1);
     return {};
   }
@@ -134,8 +210,11 @@ class WorkerProcess {
   WorkerTask task_;
   AgentOptions options_;
   Fd socket_;
-  bool guarded_ = false;  // the program's memory is watched, by us or by the worker before
-  Worker worker_;
+  Fd program_;                    // its pidfd
+  std::optional<Inside> inside_;  // the right to be
+  bool guarded_ = false;          // the program's memory is watched, by us or by the worker before
+  std::optional<Worker> worker_;
+  Nanos next_aside_look_;
 };
 
 [[noreturn]] void WorkerMain(const WorkerTask& task, const AgentOptions& options, Fd socket,

@@ -37,10 +37,12 @@ constexpr Nanos kBorrowPause(5'000'000);
 
 }  // namespace
 
-Worker::Worker(Pid pid, const AgentOptions& options, OnFork on_fork)
+Worker::Worker(Pid pid, const AgentOptions& options, OnFork on_fork,
+               std::unique_ptr<ProgramStop> stop)
     : pid_(pid),
       supervisor_(ParentPid()),
-      stop_(pid),
+      stop_owner_(stop ? std::move(stop) : std::make_unique<ProgramStop>(pid)),
+      stop_(*stop_owner_),
       options_(options),
       on_fork_(std::move(on_fork)),
       began_(MonotonicNow()) {}
@@ -105,7 +107,8 @@ void WarmUpWorker() {
 // one we replace.
 bool Worker::AnotherAgentIsAtWork() const {
   const auto progress = ReadProgress(pid_);
-  return progress && progress->supervisor != supervisor_ && AgentAtWork(*progress);
+  return progress && progress->supervisor != supervisor_ && progress->worker != OwnPid() &&
+         AgentAtWork(*progress);
 }
 
 // The program's threads may be where they cannot be stopped (a vfork, a slow disk), or none of them
@@ -293,6 +296,27 @@ Result<> Worker::End() {
   return {};
 }
 
+Result<> Worker::StepAside() {
+  // With no event left the program can be stopped without reading one, once the helper is gone.
+  bool changed = false;
+  UNMOOR_TRY(HandleEventsStopped(changed));
+  staging_.Reset();
+  link_.Close();
+  UNMOOR_TRY(WaitForExit(link_.pidfd(), kStopLimit, -1));
+  Result<> out = stop_.Stop(kStopTogether, [this]() -> Result<bool> {
+    UNMOOR_ASSIGN(const bool waiting, WaitReadable(uffd_.get(), Nanos(0)));
+    if (!waiting) return false;
+    return SystemError(EAGAIN, "the program changed its memory at that moment");
+  });
+  if (out) {
+    const auto leftovers = FindLeftovers(pid_);
+    out = leftovers ? RemoveHelperTraces(pid_, stop_.threads(), *leftovers)
+                    : Failure(leftovers.error());
+  }
+  stop_.Release();
+  return out;
+}
+
 Result<> Worker::RemoveTraces(Nanos stop_limit) {
   const auto let_go = [&]() -> Result<bool> {
     // Nothing is to be watched any more; nobody may wait.
@@ -336,7 +360,7 @@ Result<> Worker::Run() {
   });
   counts_ = remapper.counts();
   if (!result && (program_ended() || LeftAddressSpace())) return {};
-  if (!result) SaveProgress(result.error().message());
+  if (!result && result.error().errnum() != ECANCELED) SaveProgress(result.error().message());
   return result;
 }
 

@@ -15,6 +15,7 @@
 #pragma once
 
 #include <map>
+#include <memory>
 #include <set>
 #include <string>
 #include <vector>
@@ -38,7 +39,9 @@ class Worker final : public Carrier {
   // Called with a forked child of the program and the userfaultfd that watches it.
   using OnFork = std::function<void(Pid child, Fd uffd)>;
 
-  Worker(Pid pid, const AgentOptions& options, OnFork on_fork);
+  // `stop`: of an earlier worker of this process, which may still trace threads that were asleep.
+  Worker(Pid pid, const AgentOptions& options, OnFork on_fork,
+         std::unique_ptr<ProgramStop> stop = nullptr);
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
   ~Worker() override = default;
@@ -59,6 +62,15 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<> Watch(Nanos limit, const std::function<bool()>& stop);
   [[nodiscard]] Result<> End();
 
+  // Run and Watch end with errnum ECANCELED when it says so.
+  void StopWhen(std::function<bool()> asked) { asked_ = std::move(asked); }
+  // Out of the program, which goes on being watched: its events wait. What was not swapped yet is
+  // to be copied anew. Whether or not it succeeds another Worker goes on with what this one had.
+  [[nodiscard]] Result<> StepAside();
+  [[nodiscard]] Fd TakeUffd() { return std::move(uffd_.valid() ? uffd_ : old_uffd_); }
+  [[nodiscard]] std::unique_ptr<ProgramStop> TakeStop() { return std::move(stop_owner_); }
+
+  [[nodiscard]] bool AnotherAgentIsAtWork() const;
   [[nodiscard]] bool program_ended() const;
   [[nodiscard]] RemapReport report() const;
 
@@ -96,7 +108,6 @@ class Worker final : public Carrier {
     std::vector<MovedMemory> unexplained;  // by a call not seen yet
   };
 
-  [[nodiscard]] bool AnotherAgentIsAtWork() const;
   [[nodiscard]] Result<> RepeatWhileBusy(
       const std::function<Result<>(Nanos stop_limit)>& action) const;
   [[nodiscard]] Result<> Identify();
@@ -165,9 +176,11 @@ class Worker final : public Carrier {
 
   Pid pid_;
   Pid supervisor_;
-  ProgramStop stop_;
+  std::unique_ptr<ProgramStop> stop_owner_;
+  ProgramStop& stop_;
   AgentOptions options_;
   OnFork on_fork_;
+  std::function<bool()> asked_;
   uint64_t start_time_ = 0;
   bool nested_ = false;  // in a PID namespace below ours
   Nanos began_;

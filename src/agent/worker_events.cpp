@@ -70,6 +70,7 @@ bool Forks(const BlockedCall& call) {
 }  // namespace
 
 Result<bool> Worker::HandleEvents() {
+  if (asked_ && asked_()) return SystemError(ECANCELED, "asked to leave the program for a while");
   bool changed = std::exchange(stale_, false);
   if (swap_next_) return changed;
   // Bounded: threads that give memory back without pause always have the next event ready.

@@ -14,7 +14,9 @@
 #include "base/log.h"
 #include "checkpoint/page_router.h"
 #include "checkpoint/parent.h"
+#include "checkpoint/still_mapped.h"
 #include "criu/metadata.h"
+#include "criu/rewrite.h"
 #include "criu/runner.h"
 #include "image/layout.h"
 #include "image/pack.h"
@@ -28,6 +30,7 @@ namespace unmoor {
 namespace {
 
 constexpr int kPageServerFd = 3;  // its number inside criu
+constexpr int kTriesWhileMapped = 3;
 
 std::string Describe(Pid pid) {
   const auto info = ReadProcess(pid);
@@ -122,6 +125,9 @@ class Dumper {
   [[nodiscard]] Result<CheckpointReport> Run();
 
  private:
+  [[nodiscard]] Result<bool> DumpMapped(const criu::CriuBinary& criu);
+  [[nodiscard]] Result<> DumpHeld(const criu::CriuBinary& criu);
+
   [[nodiscard]] Result<> CheckDirectory();
   [[nodiscard]] Result<> OpenParent();
   [[nodiscard]] Result<> LinkParentLayers(const std::string& directory) const;
@@ -133,6 +139,8 @@ class Dumper {
   [[nodiscard]] criu::CriuCommand Command(const Publisher& publisher, int socket) const;
   [[nodiscard]] Result<Manifest> MakeManifest(const std::string& directory,
                                               const PageRouter& router) const;
+  [[nodiscard]] Result<> MakeAnonymousAgain(const std::string& directory,
+                                            const PageRouter& router) const;
   [[nodiscard]] Result<> Publish(Publisher& publisher, const PageRouter& router);
   void Pack(const std::string& directory, const ManifestLayer& layer);
 
@@ -140,6 +148,10 @@ class Dumper {
   const CheckpointObserver& observer_;
   CheckpointReport report_;
   std::optional<Parent> parent_;
+  std::vector<HoldOff> held_;
+  std::vector<std::string> mapped_files_;  // CRIU's keys; the program is dumped as it is
+  bool must_be_remapped_ = false;          // and could not be
+  bool stuck_ = false;
   std::string log_path_;
   std::string criu_version_;
 };
@@ -225,7 +237,7 @@ Result<> Dumper::FinishRemap() {
     if (!done && pid != options_.pid && HasEnded(pid)) continue;  // a child that lived for a moment
     UNMOOR_TRY(done);
   }
-  return CheckUntraced(options_.pid, Nanos(5'000'000'000));
+  return {};
 }
 
 // Resident memory of the tree, for the progress bar only.
@@ -255,9 +267,15 @@ criu::CriuCommand Dumper::Command(const Publisher& publisher, int socket) const 
                   std::to_string(kPageServerFd)};
   if (options_.leave_running) command.args.push_back("-R");
   if (options_.verbose) command.args.push_back("-v4");
+  for (const std::string& file : mapped_files_) {
+    command.args.insert(command.args.end(), {"--external", file});
+  }
   command.args.insert(command.args.end(), options_.criu_arguments.begin(),
                       options_.criu_arguments.end());
   command.fds = {{socket, kPageServerFd}};
+  for (const HoldOff& program : held_) {
+    command.fds.push_back({program.inside(), kPageServerFd + static_cast<int>(command.fds.size())});
+  }
   command.log_path = log_path_;
   return command;
 }
@@ -281,10 +299,17 @@ Result<> Dumper::RunCriu(const criu::CriuBinary& criu, Publisher& publisher, Pag
     serving.join();
     WaitUntraced(options_.pid);
   };
+  // A thread asleep until its agent is back cannot be frozen, and criu touches nothing before all
+  // are.
+  if (!mapped_files_.empty()) {
+    command.is_hopeless = [&] { return stuck_ = WaitsForAgent(held_); };
+  }
   const auto outcome = criu::RunCriu(criu, command);
   sockets.theirs.Reset();
   if (serving.joinable()) serving.join();
+  held_.clear();  // a program left running is its agent's again
 
+  must_be_remapped_ = router.must_be_remapped();
   // What failed on our side is the cause; criu's failure is its echo.
   if (router.first_error()) return Failure(*router.first_error());
   if (outcome && outcome->status.ok() && served) return {};
@@ -327,6 +352,19 @@ ManifestVma Describe(const PlannedVma& item, Bytes saved) {
   vma.data = saved;
   vma.kind = item.mapped ? VmaKind::kMapped : saved > Bytes(0) ? VmaKind::kCriu : VmaKind::kNone;
   return vma;
+}
+
+// What the program took for anonymous memory, CRIU has for a mapping of a layer.
+Result<> Dumper::MakeAnonymousAgain(const std::string& directory, const PageRouter& router) const {
+  std::vector<criu::MappedTask> tasks;
+  for (const auto& [vpid, task] : router.tasks()) {
+    criu::MappedTask mapped{vpid, {}};
+    for (const PlannedVma& item : task.plan) {
+      if (!item.pieces.empty()) mapped.ranges.push_back(item.vma.range);
+    }
+    if (!mapped.ranges.empty()) tasks.push_back(std::move(mapped));
+  }
+  return criu::MakeAnonymousAgain(CriuDirectory(directory), tasks);
 }
 
 Result<Manifest> Dumper::MakeManifest(const std::string& directory,
@@ -394,6 +432,7 @@ void Dumper::Pack(const std::string& directory, const ManifestLayer& layer) {
 }
 
 Result<> Dumper::Publish(Publisher& publisher, const PageRouter& router) {
+  UNMOOR_TRY(MakeAnonymousAgain(publisher.path(), router));
   UNMOOR_ASSIGN(report_.manifest, MakeManifest(publisher.path(), router));
   UNMOOR_TRY(RemoveUnusedLayers(report_.manifest, publisher.path()));
   UNMOOR_TRY(WriteManifest(publisher.path(), report_.manifest));
@@ -417,7 +456,49 @@ Result<CheckpointReport> Dumper::Run() {
   if (criu.version) criu_version_ = criu::ToString(*criu.version);
   UNMOOR_TRY(CheckDirectory());
   UNMOOR_TRY(OpenParent());
-  UNMOOR_TRY(FinishRemap());  // a Ctrl-C may simply end us here
+  UNMOOR_ASSIGN(const bool dumped, DumpMapped(criu));
+  if (!dumped) {
+    UNMOOR_TRY(FinishRemap());  // a Ctrl-C may simply end us here
+    UNMOOR_ASSIGN(held_, HoldTree(options_.pid));
+    UNMOOR_TRY(DumpHeld(criu));
+  }
+  report_.elapsed = MonotonicNow() - begin;
+  if (options_.leave_running) {
+    RememberImage({&options_.pid, 1}, {report_.directory, report_.manifest.checkpoint_id});
+  }
+  return std::move(report_);
+}
+
+// False: not possible, the remap is to be finished first. Why is said, and then nothing was done.
+Result<bool> Dumper::DumpMapped(const criu::CriuBinary& criu) {
+  if (!options_.while_mapped || !parent_) return false;
+  const auto not_possible = [this](const std::string& why) {
+    held_.clear();
+    mapped_files_.clear();
+    spdlog::warn("{}", why);
+    return false;
+  };
+  for (int i = 0; i < kTriesWhileMapped; ++i) {
+    auto held = HoldTree(options_.pid);
+    if (!held && held.error().errnum() == EAGAIN) return not_possible(held.error().message());
+    if (!held) return Failure(held.error());
+    held_ = *std::move(held);
+    UNMOOR_ASSIGN(StillMapped mapped, FindStillMapped(held_, *parent_));
+    if (!mapped.why_not.empty()) return not_possible(mapped.why_not);
+    mapped_files_ = std::move(mapped.files);
+    must_be_remapped_ = stuck_ = false;
+    const auto dumped = DumpHeld(criu);
+    if (dumped) return true;
+    if (must_be_remapped_) return not_possible(dumped.error().message());
+    if (!stuck_) return Failure(dumped.error());
+  }
+  return not_possible(
+      fmt::format("process {} gives memory back all the time, so it cannot be frozen while mapped",
+                  Describe(options_.pid)));
+}
+
+Result<> Dumper::DumpHeld(const criu::CriuBinary& criu) {
+  UNMOOR_TRY(CheckUntraced(options_.pid, Nanos(5'000'000'000)));
   UNMOOR_ASSIGN(InterruptFd interrupt, InterruptFd::Create());
   UNMOOR_ASSIGN(Publisher publisher, Publisher::Begin(options_.directory));
 
@@ -438,6 +519,7 @@ Result<CheckpointReport> Dumper::Run() {
   routing.plan = options_.plan;
   if (parent_) routing.parent = &*parent_;
   routing.parent_asked_for = options_.parent.has_value();
+  routing.still_mapped = !mapped_files_.empty();
   if (observer_.dumping) {
     routing.progress = [this, expected = ExpectedBytes()](Bytes done) {
       observer_.dumping(done, std::max(done, expected));
@@ -447,7 +529,8 @@ Result<CheckpointReport> Dumper::Run() {
 
   if (auto dumped = RunCriu(criu, publisher, router, interrupt); !dumped) {
     const Error& error = dumped.error();
-    if (error.message().find(log_path_) == std::string::npos) (void)RemoveTree(log_directory);
+    const bool named = error.message().find(log_path_) != std::string::npos;
+    if (!named || stuck_) (void)RemoveTree(log_directory);
     return Failure(Error(error.kind(), error.errnum(),
                          fmt::format("{}; nothing was written and process {} runs on",
                                      error.message(), Describe(options_.pid))));
@@ -478,11 +561,8 @@ Result<CheckpointReport> Dumper::Run() {
     report_.allocated += packed ? *report_.packed : layer.allocated;
   }
   report_.allocated += router.criu_bytes();
-  report_.elapsed = MonotonicNow() - begin;
-  if (options_.leave_running) {
-    RememberImage({&options_.pid, 1}, {report_.directory, report_.manifest.checkpoint_id});
-  }
-  return std::move(report_);
+  report_.still_mapped = !mapped_files_.empty();
+  return {};
 }
 
 }  // namespace

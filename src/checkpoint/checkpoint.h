@@ -1,12 +1,12 @@
 // Dump: a running process and its children become an image directory, or nothing changes.
 //
-// Checks what the user asked for, finishes a pending remap, runs `criu dump` with ourselves as its
-// page server (page_router.h), compares CRIU's metadata with our plan, writes the manifest and
-// publishes. After a parent (parent.h) only what differs is written; the parent's layers are linked
-// into the new directory before the program is touched, and those not needed removed at the end.
-// Whatever fails before criu has exited with 0, the program runs on as if nothing had
-// happened and no directory is left; what fails after it (the program may be gone) keeps the
-// complete data and says where.
+// Checks what the user asked for, finishes a pending remap unless the program can be dumped as it
+// is (still_mapped.h), runs `criu dump` with ourselves as its page server (page_router.h), compares
+// CRIU's metadata with our plan, writes the manifest and publishes. After a parent (parent.h) only
+// what differs is written; the parent's layers are linked into the new directory before the program
+// is touched, and those not needed removed at the end. Whatever fails before criu has exited with
+// 0, the program runs on as if nothing had happened and no directory is left; what fails after it
+// (the program may be gone) keeps the complete data and says where.
 //
 // One dump per process at a time; it starts threads. Document: docs/architecture.md, docs/cli.md.
 #pragma once
@@ -34,6 +34,8 @@ struct CheckpointOptions {
   // the program came from is taken if it is still there, unless `full`.
   std::optional<std::string> parent;
   bool full = false;
+  // A program that still maps its image is dumped as it is where that is possible.
+  bool while_mapped = false;
   std::optional<std::string> criu;
   std::vector<std::string> criu_arguments;
   std::string tool_version;
@@ -59,6 +61,7 @@ struct CheckpointReport {
   Nanos elapsed;
   Bytes allocated;  // on disk, the whole directory's pages
   bool remapped_first = false;
+  bool still_mapped = false;  // dumped while it mapped its image, of which only changes were read
   std::optional<std::string> parent;  // of which layers are used; nothing: a full dump
   Bytes written;                      // pages in the new layer
   std::optional<Bytes> packed;        // the new layer's bytes when packed

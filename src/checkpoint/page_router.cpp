@@ -61,41 +61,74 @@ Result<Pid> PageRouter::FindTask(uint32_t vpid) {
   return found->second;
 }
 
-// What the task had in the parent checkpoint; else, of a forked child, what its parent has.
-Result<std::optional<LayerBase>> PageRouter::FindBase(uint32_t vpid, Pid pid, const VmaInfo& vma) {
+// The task's memory as it is now, frozen.
+Result<std::vector<PlannedVma>> PageRouter::Plan(uint32_t vpid, Pid pid) {
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid));
+  MappedLayers layers;
+  if (options_.still_mapped) {
+    layers.find = [this](const VmaInfo& vma) { return options_.parent->LayerOf(vma); };
+    layers.whole = options_.parent->MappedRanges(vpid);
+  }
+  for (const VmaInfo& vma : vmas) {
+    if (!MapsPageImage(vma) || (layers.find && layers.find(vma))) continue;
+    must_be_remapped_ = options_.still_mapped;
+    // Without it the remap was finished before; what appeared since would make the checkpoint
+    // depend on an image.
+    return MachineError("process {} maps {} at {} again; 'unmoor wait -t {}', then dump once more",
+                        pid.value, vma.name, vma.range, pid.value);
+  }
+  std::vector<PlannedVma> plan = PlanTask(vmas, options_.plan, layers);
+  UNMOOR_ASSIGN(const Fd pagemap, OpenFile(fmt::format("/proc/{}/pagemap", pid.value), O_RDONLY));
+  for (PlannedVma& item : plan) {
+    if (item.mapped && HasGuardPages(pagemap.get(), item.vma.range)) {
+      item.mapped = false;
+      item.why = "has guard pages";
+    }
+    if (item.mapped || item.pieces.empty()) continue;
+    must_be_remapped_ = true;
+    return MachineError("process {} maps its image at {}, which {}", pid.value, item.vma.range,
+                        item.why);
+  }
+  return plan;
+}
+
+// What the task had in the parent checkpoint; else, of a forked child, what its parent has. Memory
+// that is still mapped stands on the layer it maps, or is written in full.
+Result<std::optional<LayerBase>> PageRouter::FindBase(uint32_t vpid, Pid pid,
+                                                      const PlannedVma& item) {
+  const VmaInfo& vma = item.vma;
+  const bool still_mapped = !item.pieces.empty();
+  const auto fits = [&](const LayerBase& base) {
+    return std::ranges::all_of(item.pieces, [&](const LayerPiece& piece) {
+      return piece.layer == base.vma.layer &&
+             piece.offset == base.vma.offset + (piece.range.begin - base.vma.range.begin);
+    });
+  };
   std::optional<LayerBase> base;
-  if (options_.parent != nullptr) base = options_.parent->Find(vpid, vma);
+  if (options_.parent != nullptr) base = options_.parent->Find(vpid, vma, still_mapped);
   const PageSource now = [&](Vaddr at, std::span<std::byte> page) {
     return ReadMemory(pid, at, page).has_value();
   };
-  if (base && !IsMostlyChanged(now, *writer_, *base, options_.parent_asked_for)) return base;
+  // Writing mapped memory in full costs time in which the program stands still.
+  const bool asked_for = options_.parent_asked_for || still_mapped;
+  if (base && fits(*base) && !IsMostlyChanged(now, *writer_, *base, asked_for)) return base;
   base.reset();
   const auto info = ReadProcess(pid);
   const auto owner = std::ranges::find_if(
       pids_, [&](const auto& entry) { return info && entry.second == info->parent; });
   if (owner == pids_.end() || !tasks_.contains(owner->first)) return base;
   UNMOOR_ASSIGN(base, writer_->FindShared(owner->first, vma.range));
-  if (base && !writer_->IsMostlyShared(*base, vma.anonymous, now)) base.reset();
+  if (!base) return base;
+  const Bytes data = still_mapped ? base->pages.data : vma.anonymous;
+  if (!fits(*base) || !writer_->IsMostlyShared(*base, data, now)) base.reset();
   return base;
 }
 
 Result<> PageRouter::OpenTask(uint32_t vpid) {
   UNMOOR_TRY(FaultPoint("dump.open"));
   UNMOOR_ASSIGN(const Pid pid, FindTask(vpid));
-  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid));
-  // The remap was finished before; what appeared since would make the checkpoint depend on an
-  // image.
-  if (const auto image = std::ranges::find_if(vmas, MapsPageImage); image != vmas.end()) {
-    return MachineError("process {} maps {} at {} again; 'unmoor wait -t {}', then dump once more",
-                        pid.value, image->name, image->range, pid.value);
-  }
-  RoutedTask task{pid, PlanTask(vmas, options_.plan), {}};
-  UNMOOR_ASSIGN(const Fd pagemap, OpenFile(fmt::format("/proc/{}/pagemap", pid.value), O_RDONLY));
-  for (PlannedVma& item : task.plan) {
-    if (!item.mapped || !HasGuardPages(pagemap.get(), item.vma.range)) continue;
-    item.mapped = false;
-    item.why = "has guard pages";
-  }
+  UNMOOR_ASSIGN(std::vector<PlannedVma> plan, Plan(vpid, pid));
+  RoutedTask task{pid, std::move(plan), {}};
   task.saved.resize(task.plan.size());
   if (!writer_) {
     writer_.emplace(options_.layers_directory, options_.layer_id,
@@ -106,8 +139,8 @@ Result<> PageRouter::OpenTask(uint32_t vpid) {
   std::vector<DeltaVma> mapped;
   for (const PlannedVma& item : task.plan) {
     if (!item.mapped) continue;
-    UNMOOR_ASSIGN(auto base, FindBase(vpid, pid, item.vma));
-    mapped.push_back({item.vma.range, std::move(base)});
+    UNMOOR_ASSIGN(auto base, FindBase(vpid, pid, item));
+    mapped.push_back({item.vma.range, std::move(base), item.pieces});
   }
   UNMOOR_TRY(writer_->AddTask(vpid, std::move(mapped)));
   cursor_ = 0;

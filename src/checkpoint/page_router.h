@@ -8,6 +8,9 @@
 // With a parent (parent.h), and of forked children, the layer holds differences only
 // (delta_writer.h): what a VMA stands on is decided here, while its task is frozen.
 //
+// Tasks may still map layers of the parent (`still_mapped`): then CRIU sends what was copied on
+// write, and all else is what the layer shows.
+//
 // Used by the thread of criu::PageServer::Run; read by others only after Run has returned. The
 // first failure is kept: it, not CRIU's complaint about it, is what the user should read.
 #pragma once
@@ -44,6 +47,7 @@ class PageRouter : public criu::PageSink {
     CheckpointPlanOptions plan;
     const Parent* parent = nullptr;
     bool parent_asked_for = false;        // rather than found
+    bool still_mapped = false;            // tasks may map the parent's layers
     std::function<void(Bytes)> progress;  // bytes received so far; now and then
   };
   explicit PageRouter(Options options)
@@ -63,13 +67,16 @@ class PageRouter : public criu::PageSink {
   [[nodiscard]] Result<> DescribeLayers(Manifest& manifest, const std::string& directory) const {
     return writer_->Describe(manifest, *layer_, directory);
   }
+  // It failed since the program cannot be dumped as long as it maps its image.
+  [[nodiscard]] bool must_be_remapped() const { return must_be_remapped_; }
   [[nodiscard]] Bytes criu_bytes() const { return page_images_.written(); }
 
  private:
   [[nodiscard]] Result<Pid> FindTask(uint32_t vpid);
   [[nodiscard]] Result<> OpenTask(uint32_t vpid);
+  [[nodiscard]] Result<std::vector<PlannedVma>> Plan(uint32_t vpid, Pid pid);
   [[nodiscard]] Result<std::optional<LayerBase>> FindBase(uint32_t vpid, Pid pid,
-                                                          const VmaInfo& vma);
+                                                          const PlannedVma& item);
   [[nodiscard]] Result<> RoutePages(criu::PageStreamId id, Vaddr at, uint32_t flags,
                                     std::span<const std::byte> data);
   [[nodiscard]] Result<> Finish();
@@ -88,6 +95,7 @@ class PageRouter : public criu::PageSink {
     std::vector<std::byte> data;
   };
   std::vector<FirstPage> first_pages_;
+  bool must_be_remapped_ = false;
   std::optional<LayerInfo> layer_;
   std::optional<Error> first_error_;
   Bytes received_;

@@ -1,6 +1,8 @@
 // See parent.h.
 #include "checkpoint/parent.h"
 
+#include <sys/sysmacros.h>
+
 #include <algorithm>
 
 #include "os/file.h"
@@ -25,6 +27,8 @@ Result<Parent> Parent::Open(const std::string& directory) {
   }
   for (const ManifestLayer& entry : parent.manifest_.layers) {
     UNMOOR_ASSIGN(LayerReader reader, LayerReader::Open(parent.directory_, entry));
+    UNMOOR_ASSIGN(const struct stat file, StatFd(reader.pages_fd().get(), reader.pages_path()));
+    parent.files_.push_back({major(file.st_dev), minor(file.st_dev), file.st_ino});
     parent.layers_.push_back(std::move(reader));
   }
   std::vector<const LayerInfo*> infos;
@@ -33,7 +37,24 @@ Result<Parent> Parent::Open(const std::string& directory) {
   return parent;
 }
 
-std::optional<LayerBase> Parent::Find(uint32_t vpid, const VmaInfo& vma) const {
+std::optional<uint32_t> Parent::LayerOf(const VmaInfo& vma) const {
+  if (vma.inode == 0 || vma.shared) return std::nullopt;
+  const auto found = std::ranges::find(files_, FileId{vma.dev_major, vma.dev_minor, vma.inode});
+  if (found == files_.end()) return std::nullopt;
+  return static_cast<uint32_t>(found - files_.begin());
+}
+
+std::vector<VaddrRange> Parent::MappedRanges(uint32_t vpid) const {
+  std::vector<VaddrRange> ranges;
+  const auto task = std::ranges::find(manifest_.tasks, vpid, &ManifestTask::vpid);
+  if (task == manifest_.tasks.end()) return ranges;
+  for (const ManifestVma& vma : task->vmas) {
+    if (vma.kind == VmaKind::kMapped) ranges.push_back(vma.range);
+  }
+  return ranges;
+}
+
+std::optional<LayerBase> Parent::Find(uint32_t vpid, const VmaInfo& vma, bool still_mapped) const {
   const auto task = std::ranges::find(manifest_.tasks, vpid, &ManifestTask::vpid);
   if (task == manifest_.tasks.end()) return std::nullopt;
   const ManifestVma* best = nullptr;
@@ -48,7 +69,7 @@ std::optional<LayerBase> Parent::Find(uint32_t vpid, const VmaInfo& vma) const {
   auto pages = overlay_->Resolve(vpid, *reached);
   if (!pages) return std::nullopt;
   LayerBase base{*reached, *std::move(pages)};
-  if (!IsWorthwhile(base, vma.anonymous)) return std::nullopt;
+  if (!IsWorthwhile(base, still_mapped ? base.pages.data : vma.anonymous)) return std::nullopt;
   return base;
 }
 

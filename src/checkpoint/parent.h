@@ -33,15 +33,28 @@ class Parent {
   [[nodiscard]] const Manifest& manifest() const { return manifest_; }
   [[nodiscard]] const std::vector<LayerReader>& layers() const { return layers_; }
 
-  // Nothing: the VMA is to be written in full.
-  [[nodiscard]] std::optional<LayerBase> Find(uint32_t vpid, const VmaInfo& vma) const;
+  // Nothing: the VMA is to be written in full. With `still_mapped`, how much of it is anonymous
+  // tells nothing about what it holds.
+  [[nodiscard]] std::optional<LayerBase> Find(uint32_t vpid, const VmaInfo& vma,
+                                              bool still_mapped = false) const;
+
+  // The layer that the VMA, of a running program, is a mapping of: by device and inode.
+  [[nodiscard]] std::optional<uint32_t> LayerOf(const VmaInfo& vma) const;
+  // The task's VMAs whose pages are in layers, ascending.
+  [[nodiscard]] std::vector<VaddrRange> MappedRanges(uint32_t vpid) const;
 
  private:
   Parent() = default;
 
   std::string directory_;
   Manifest manifest_;
+  struct FileId {
+    uint64_t device_major, device_minor, inode;
+    bool operator==(const FileId&) const = default;
+  };
+
   std::vector<LayerReader> layers_;
+  std::vector<FileId> files_;       // of layers_
   std::optional<Overlay> overlay_;  // of layers_, whose elements stay where they are
 };
 

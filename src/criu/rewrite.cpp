@@ -75,6 +75,41 @@ void MapFromFile(proto::VmaEntry& vma, uint32_t file_id, FileOffset offset) {
   vma.set_fdflags(0);
 }
 
+// The heap's mark is lost with its name in the map list; the kernel names what lies there.
+void MakeAnonymous(proto::VmaEntry& vma, const proto::MmEntry& mm) {
+  vma.set_status((vma.status() & ~kVmaFilePrivate) | kVmaAnonPrivate);
+  if (vma.start() <= mm.brk() && vma.end() >= mm.start_brk()) {
+    vma.set_status(vma.status() | kVmaHeap);
+  }
+  vma.set_flags(vma.flags() | MAP_ANONYMOUS);
+  vma.set_shmid(0);
+  vma.set_pgoff(0);
+  vma.clear_fdflags();
+}
+
+std::string MmName(uint32_t vpid) {
+  return fmt::format("mm-{}.img", vpid);
+}
+
+Result<> WriteMm(const MmImage& mm, const std::string& path) {
+  ImageBuilder builder(ImageType::kMm);
+  builder.Append(mm.entry.SerializeAsString());
+  return WriteFile(path, builder.data(), 0600);
+}
+
+// files.img without these entries.
+Result<> ForgetFiles(const std::string& path, const std::set<uint64_t>& ids) {
+  ImageBuilder builder(ImageType::kFiles);
+  {
+    UNMOOR_ASSIGN(const RawImage image, RawImage::Read(path, ImageType::kFiles));
+    for (const RawImage::Message& raw : image.messages()) {
+      UNMOOR_ASSIGN(const proto::FileEntryId entry, ParseMessage<proto::FileEntryId>(image, raw));
+      if (entry.type() != kFileTypeRegular || !ids.contains(entry.id())) builder.Append(raw.bytes);
+    }
+  }
+  return WriteFile(path, builder.data(), 0600);
+}
+
 Result<> CheckMapping(const DirectMapping& mapping, const std::string& path) {
   if (mapping.range.empty() ||
       (mapping.range.begin.value | mapping.range.end.value | mapping.offset.value) % kPageSize !=
@@ -195,13 +230,11 @@ Result<> RewriteForDirectMap(const std::string& criu_directory, const std::strin
     if (task.mappings.empty()) continue;
     UNMOOR_ASSIGN(MmImage mm, MmImage::Read(criu_directory, task.vpid));
     UNMOOR_TRY(MapTask(mm, task, files));
-    ImageBuilder builder(ImageType::kMm);
-    builder.Append(mm.entry.SerializeAsString());
-    const std::string name = fmt::format("mm-{}.img", task.vpid);
+    const std::string name = MmName(task.vpid);
     if (!written.insert(name).second) {
       return UserError("task {} is to be mapped twice", task.vpid);
     }
-    UNMOOR_TRY(WriteFile(view_directory + "/" + name, builder.data(), 0600));
+    UNMOOR_TRY(WriteMm(mm, view_directory + "/" + name));
     if (task.loads.empty()) continue;
     UNMOOR_ASSIGN(const std::vector<std::string> merged,
                   MergePages(criu_directory, view_directory, task, layers));
@@ -217,6 +250,28 @@ Result<> RewriteForDirectMap(const std::string& criu_directory, const std::strin
     UNMOOR_TRY(SymbolicLink(criu_directory + "/" + name, view_directory + "/" + name));
   }
   return {};
+}
+
+Result<> MakeAnonymousAgain(const std::string& criu_directory, std::span<const MappedTask> tasks) {
+  std::set<uint64_t> files;
+  std::set<uint64_t> needed;
+  for (const MappedTask& task : tasks) {
+    UNMOOR_ASSIGN(MmImage mm, MmImage::Read(criu_directory, task.vpid));
+    for (proto::VmaEntry& entry : *mm.entry.mutable_vmas()) {
+      const Vma vma = FromEntry(entry);
+      const auto range = std::ranges::partition_point(
+          task.ranges, [&](VaddrRange r) { return r.end <= vma.range.begin; });
+      const bool taken = range != task.ranges.end() && range->Contains(vma.range);
+      const bool maps = (vma.status & kVmaFilePrivate) != 0;
+      if (!taken && (maps || (vma.status & kVmaFileShared) != 0)) needed.insert(vma.shmid);
+      if (!taken || !maps) continue;
+      files.insert(vma.shmid);
+      MakeAnonymous(entry, mm.entry);
+    }
+    UNMOOR_TRY(WriteMm(mm, mm.path));
+  }
+  std::erase_if(files, [&](uint64_t id) { return needed.contains(id); });
+  return files.empty() ? Result<>() : ForgetFiles(criu_directory + "/files.img", files);
 }
 
 }  // namespace unmoor::criu

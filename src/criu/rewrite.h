@@ -7,6 +7,9 @@
 // and the child silently gets the parent's memory. CRIU learns the files themselves by
 //   --inherit-fd fd[N]:unmoor-layer-<layer>
 // Failure leaves a partly filled view, which the caller removes. Thread-safe.
+//
+// And the way back, for a program that was dumped while it was mapped: its metadata becomes what
+// it would be had the memory been anonymous already.
 #pragma once
 
 #include <cstdint>
@@ -49,5 +52,15 @@ struct LayerFile {
                                            const std::string& view_directory,
                                            std::span<const TaskMapping> tasks,
                                            std::span<const LayerFile> layers = {});
+
+struct MappedTask {
+  uint32_t vpid = 0;
+  std::vector<VaddrRange> ranges;  // ascending, disjoint; each one or more whole VMAs
+};
+
+// In place, in CRIU metadata that nobody else uses yet. File mappings inside of the ranges become
+// anonymous, and files only they refer to are forgotten.
+[[nodiscard]] Result<> MakeAnonymousAgain(const std::string& criu_directory,
+                                          std::span<const MappedTask> tasks);
 
 }  // namespace unmoor::criu

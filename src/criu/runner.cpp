@@ -14,10 +14,13 @@
 #include "os/pipe.h"
 #include "os/process_control.h"
 #include "os/process_tree.h"
+#include "os/procfs.h"
 
 namespace unmoor::criu {
 namespace {
 
+constexpr Nanos kLookForHope(5'000'000);
+constexpr Nanos kStopPatience(1'000'000'000);
 constexpr std::string_view kSetupHint =
     "run tools/setup, or name another with --criu or UNMOOR_CRIU";
 
@@ -206,12 +209,29 @@ void RunningCriu::TakeInterrupt() {
   if (command_.on_interrupt) command_.on_interrupt();
 }
 
+// A criu that has its code in the program must not be killed: a thread that comes to the end of
+// that code then dies of its breakpoint. So it is stopped first and asked about once more.
+void RunningCriu::EndIfHopeless() {
+  if (!command_.is_hopeless || !command_.is_hopeless()) return;
+  const Pid pid = child_->pid();
+  if (!SendSignal(pid, SIGSTOP)) return;
+  const Nanos began = MonotonicNow();
+  auto state = ReadProcess(pid);
+  while (state && state->state != 'T' && MonotonicNow() - began < kStopPatience) {
+    SleepFor(Nanos(100'000));
+    state = ReadProcess(pid);
+  }
+  if (state && state->state == 'T' && command_.is_hopeless()) return KillTree(pid);
+  (void)SendSignal(pid, SIGCONT);
+}
+
 Result<bool> RunningCriu::WaitFor(int fd) {
   UNMOOR_CHECK(child_ != nullptr);
   const int wake = command_.interrupt == nullptr ? -1 : command_.interrupt->get();
+  const Nanos patience = command_.is_hopeless ? kLookForHope : Nanos(-1);
   for (;;) {
     UNMOOR_ASSIGN(const std::vector<int> ready,
-                  WaitAnyReadable({fd, child_->pidfd(), wake}, Nanos(-1)));
+                  WaitAnyReadable({fd, child_->pidfd(), wake}, patience));
     const auto is_ready = [&](int one) { return std::ranges::find(ready, one) != ready.end(); };
     if (fd >= 0 && is_ready(fd)) {
       if (!PipeHasEnded(fd)) return true;
@@ -219,6 +239,7 @@ Result<bool> RunningCriu::WaitFor(int fd) {
     }
     if (is_ready(child_->pidfd())) return false;
     if (wake >= 0 && is_ready(wake)) TakeInterrupt();
+    if (ready.empty()) EndIfHopeless();
   }
 }
 

@@ -57,6 +57,9 @@ struct CriuCommand {
   std::string log_path;  // absolute; criu's --log-file
   InterruptFd* interrupt = nullptr;
   std::function<void()> on_interrupt;  // called once, at the first interrupt
+  // Asked every few milliseconds; once it says so, and says so still while criu stands still, criu
+  // is killed. For a dump that has not frozen its program yet and never will.
+  std::function<bool()> is_hopeless;
 };
 
 struct CriuOutcome {
@@ -86,6 +89,7 @@ class RunningCriu {
  private:
   RunningCriu(CriuBinary criu, CriuCommand command, ProbeCache cache, ChildProcess child);
   void TakeInterrupt();
+  void EndIfHopeless();
 
   CriuBinary criu_;
   CriuCommand command_;

@@ -76,7 +76,7 @@ Result<> DeltaWriter::Write(uint32_t vpid, Vaddr at, std::span<const std::byte> 
   if (complete_.contains(vpid)) {
     return MachineError("pages of task {} came after another task's had begun", vpid);
   }
-  UNMOOR_TRY(HideVanished(vpid, at));
+  UNMOOR_TRY(Settle(vpid, at));
   const auto& vmas = vmas_.at(vpid);
   const auto vma =
       std::ranges::partition_point(vmas, [&](const DeltaVma& v) { return v.range.end <= at; });
@@ -113,25 +113,76 @@ Result<> DeltaWriter::WriteDifferences(uint32_t vpid, const DeltaVma& vma, Vaddr
   return {};
 }
 
-Result<> DeltaWriter::HideVanished(uint32_t vpid, Vaddr end) {
-  static const std::vector<std::byte> zeros(kChunk);
+Result<> DeltaWriter::Settle(uint32_t vpid, Vaddr end) {
   Vaddr& settled = settled_[vpid];
-  for (const DeltaVma& vma : vmas_.at(vpid)) {
-    if (vma.range.end <= settled || !vma.base) continue;
-    if (vma.range.begin >= end) break;
-    const auto& runs = vma.base->pages.all;
-    auto run = std::ranges::partition_point(
-        runs, [&](const OverlayRun& r) { return r.range.end <= settled; });
-    for (; run != runs.end() && run->range.begin < end; ++run) {
-      const VaddrRange hidden = run->range.Intersect({settled, end});
-      for (Vaddr at = hidden.begin; at < hidden.end;) {
-        const uint64_t size = std::min<uint64_t>((hidden.end - at).value, kChunk);
-        UNMOOR_TRY(WriteDifferences(vpid, vma, at, std::span(zeros).first(size)));
-        at = at + Bytes(size);
-      }
+  const auto& vmas = vmas_.at(vpid);
+  auto vma =
+      std::ranges::partition_point(vmas, [&](const DeltaVma& v) { return v.range.end <= settled; });
+  for (; vma != vmas.end() && vma->range.begin < end; ++vma) {
+    const VaddrRange part = vma->range.Intersect({settled, end});
+    Vaddr at = part.begin;
+    for (const LayerPiece& piece : vma->pieces) {
+      const VaddrRange mapped = piece.range.Intersect(part);
+      if (mapped.empty()) continue;
+      UNMOOR_TRY(HideVanished(vpid, *vma, {at, mapped.begin}));
+      UNMOOR_TRY(WriteMapped(vpid, *vma, piece, mapped));
+      at = mapped.end;
     }
+    UNMOOR_TRY(HideVanished(vpid, *vma, {at, part.end}));
   }
   settled = std::max(settled, end);
+  return {};
+}
+
+Result<> DeltaWriter::HideVanished(uint32_t vpid, const DeltaVma& vma, VaddrRange range) {
+  static const std::vector<std::byte> zeros(kChunk);
+  if (!vma.base) return {};
+  const auto& runs = vma.base->pages.all;
+  auto run = std::ranges::partition_point(
+      runs, [&](const OverlayRun& r) { return r.range.end <= range.begin; });
+  for (; run != runs.end() && run->range.begin < range.end; ++run) {
+    const VaddrRange hidden = run->range.Intersect(range);
+    for (Vaddr at = hidden.begin; at < hidden.end;) {
+      const uint64_t size = std::min<uint64_t>((hidden.end - at).value, kChunk);
+      UNMOOR_TRY(WriteDifferences(vpid, vma, at, std::span(zeros).first(size)));
+      at = at + Bytes(size);
+    }
+  }
+  return {};
+}
+
+// Where the VMA stands on the layer it maps, that shows through but for the base's deltas.
+Result<> DeltaWriter::WriteMapped(uint32_t vpid, const DeltaVma& vma, const LayerPiece& piece,
+                                  VaddrRange range) {
+  if (!vma.base) return CopyMapped(vpid, vma, piece, range);
+  const auto& runs = vma.base->pages.deltas;
+  auto run = std::ranges::partition_point(
+      runs, [&](const OverlayRun& r) { return r.range.end <= range.begin; });
+  for (; run != runs.end() && run->range.begin < range.end; ++run) {
+    UNMOOR_TRY(CopyMapped(vpid, vma, piece, run->range.Intersect(range)));
+  }
+  return {};
+}
+
+Result<> DeltaWriter::CopyMapped(uint32_t vpid, const DeltaVma& vma, const LayerPiece& piece,
+                                 VaddrRange range) {
+  const LayerReader& layer = layers_[piece.layer];
+  const auto offset = [&](Vaddr at) { return piece.offset + (at - piece.range.begin); };
+  std::vector<FileRange> parts = {{offset(range.begin), offset(range.end)}};
+  // Compared with zeros, holes need not be read.
+  if (!vma.base) {
+    UNMOOR_ASSIGN(parts, DataRanges(layer.pages_fd().get(), parts.front(), layer.pages_path()));
+  }
+  mapped_bytes_.resize(kChunk);
+  for (const FileRange& part : parts) {
+    for (FileOffset at = part.begin; at < part.end;) {
+      const auto data =
+          std::span(mapped_bytes_).first(std::min<uint64_t>((part.end - at).value, kChunk));
+      UNMOOR_TRY(ReadExactlyAt(layer.pages_fd().get(), data, at, layer.pages_path()));
+      UNMOOR_TRY(WriteDifferences(vpid, vma, piece.range.begin + (at - piece.offset), data));
+      at = at + Bytes(data.size());
+    }
+  }
   return {};
 }
 
@@ -164,7 +215,7 @@ Result<std::optional<LayerBase>> DeltaWriter::FindShared(uint32_t owner, VaddrRa
   if (best == nullptr) return none;
   if (!complete_.contains(owner)) {
     for (const auto& [vpid, vmas] : vmas_) {
-      UNMOOR_TRY(HideVanished(vpid, Vaddr(kAddressLimit)));
+      UNMOOR_TRY(Settle(vpid, Vaddr(kAddressLimit)));
       complete_.insert(vpid);
     }
     UNMOOR_ASSIGN(written_, writer_->Snapshot());
@@ -220,7 +271,7 @@ Result<> DeltaWriter::Read(const LayerBase& base, VaddrRange range, std::span<st
 
 Result<std::optional<LayerInfo>> DeltaWriter::Finish(bool sync) {
   if (!writer_) return std::optional<LayerInfo>();
-  for (const auto& [vpid, vmas] : vmas_) UNMOOR_TRY(HideVanished(vpid, Vaddr(kAddressLimit)));
+  for (const auto& [vpid, vmas] : vmas_) UNMOOR_TRY(Settle(vpid, Vaddr(kAddressLimit)));
   UNMOOR_ASSIGN(LayerInfo info, writer_->Finish(sync));
   return std::optional<LayerInfo>(std::move(info));
 }

@@ -37,10 +37,20 @@ struct LayerBase {
   VmaPages pages;   // what these layers show there
 };
 
+// A part of a VMA that maps a layer, numbered as those given to the DeltaWriter: what does not come
+// of it is what the layer shows there.
+struct LayerPiece {
+  VaddrRange range;
+  uint32_t layer = 0;
+  FileOffset offset;  // of range.begin
+};
+
 // A VMA whose pages go to the layer.
 struct DeltaVma {
   VaddrRange range;
   std::optional<LayerBase> base;  // nothing: it is written in full
+  std::vector<LayerPiece> pieces =
+      {};  // ascending, apart; of the base's own layer where it has one
 };
 
 // Whether a VMA of `data` bytes may stand on `base`: the deltas' pages are copied at restore, so
@@ -88,8 +98,14 @@ class DeltaWriter {
   [[nodiscard]] uint32_t own() const { return static_cast<uint32_t>(layers_.size()); }
   [[nodiscard]] Result<> WriteDifferences(uint32_t vpid, const DeltaVma& vma, Vaddr at,
                                           std::span<const std::byte> pages);
-  // Hides the pages the bases show below `end` and that have not come.
-  [[nodiscard]] Result<> HideVanished(uint32_t vpid, Vaddr end);
+  // The pages below `end` that have not come: those of pieces are written as their layers show
+  // them, of all others the bases' are hidden.
+  [[nodiscard]] Result<> Settle(uint32_t vpid, Vaddr end);
+  [[nodiscard]] Result<> HideVanished(uint32_t vpid, const DeltaVma& vma, VaddrRange range);
+  [[nodiscard]] Result<> WriteMapped(uint32_t vpid, const DeltaVma& vma, const LayerPiece& piece,
+                                     VaddrRange range);
+  [[nodiscard]] Result<> CopyMapped(uint32_t vpid, const DeltaVma& vma, const LayerPiece& piece,
+                                    VaddrRange range);
   // Where the pages of `vma` are, `extent` being its own in the new layer.
   [[nodiscard]] ManifestVma PlaceOf(const DeltaVma& vma, const Extent& extent) const;
 
@@ -106,6 +122,7 @@ class DeltaWriter {
   std::map<std::pair<uint32_t, Vaddr>, Extent> extents_;
   std::optional<Overlay> overlay_;  // of layers_ and written_
   std::vector<std::byte> base_bytes_;
+  std::vector<std::byte> mapped_bytes_;
 };
 
 }  // namespace unmoor

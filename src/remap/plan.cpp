@@ -6,15 +6,20 @@
 namespace unmoor {
 namespace {
 
-// Flags that only say what a VMA is backed by, not how the program wants it.
-bool SameWish(const VmaInfo& vma, const Area& area) {
+// Without flags that only say what a VMA is backed by, not how the program wants it.
+template <typename Other>
+bool WantsTheSame(const VmaInfo& vma, const Other& other) {
   for (const std::string_view flag : {"hg", "nh", "dd", "dc", "mg", "sr", "rr", "lo", "nr"}) {
-    if (vma.HasFlag(flag) != area.HasFlag(flag)) return false;
+    if (vma.HasFlag(flag) != other.HasFlag(flag)) return false;
   }
-  return vma.prot == area.prot;
+  return vma.prot == other.prot;
 }
 
 }  // namespace
+
+bool SameWish(const VmaInfo& a, const VmaInfo& b) {
+  return WantsTheSame(a, b);
+}
 
 bool Area::HasFlag(std::string_view flag) const {
   return std::ranges::find(vm_flags, flag) != vm_flags.end();
@@ -34,7 +39,7 @@ std::vector<Area> FindAreas(std::span<const VmaInfo> vmas,
       continue;
     }
     const bool joins =
-        open && areas.back().range.end == vma.range.begin && SameWish(vma, areas.back());
+        open && areas.back().range.end == vma.range.begin && WantsTheSame(vma, areas.back());
     if (joins && given_back) {
       areas.back().range.end = vma.range.end;
       continue;

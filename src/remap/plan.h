@@ -33,6 +33,9 @@ struct Area {
   [[nodiscard]] bool HasFlag(std::string_view flag) const;
 };
 
+// Whether the program wants both alike: protection and advice, whatever backs them.
+[[nodiscard]] bool SameWish(const VmaInfo& a, const VmaInfo& b);
+
 // `vmas` in address order, as from smaps. `is_image` says whether a VMA maps a page image.
 [[nodiscard]] std::vector<Area> FindAreas(std::span<const VmaInfo> vmas,
                                           const std::function<bool(const VmaInfo&)>& is_image,

@@ -23,6 +23,8 @@ def dump(story, program, name, *arguments):
     folder = story.path(name)
     outcome = story.unmoor("dump", "-t", program.pid, "-D", folder, "--json", *arguments)
     report = outcome.json()
+    if outcome.err:
+        story.say(outcome.err.strip())
     story.say(f"{name}: {report['written_bytes'] >> 10} KiB written, {report['layer_bytes'] >> 10} KiB in "
               f"layers, parent {report['parent'] and os.path.basename(report['parent'])}, "
               f"{report['elapsed_ns'] / 1e6:.0f} ms")
@@ -175,7 +177,7 @@ def tree_generations(story):
 # A program of which it is known what it does with each page.
 
 SCRIPTED = r'''
-import json, mmap, os, sys, time
+import ctypes, json, mmap, os, sys, time
 report, command = sys.argv[1:]
 MIB = 1 << 20
 def content(page, seed):
@@ -202,6 +204,12 @@ class Area:
             want = bytes(4096) if seed is None else content(page, seed)
             if self.memory[page * 4096:(page + 1) * 4096] != want:
                 return f"page {page} of {len(self.seeds)} is not what was written ({seed})"
+def protect(area, begin, end, protection):
+    view = ctypes.c_char.from_buffer(area.memory)
+    at = ctypes.c_void_p(ctypes.addressof(view) + begin * 4096)
+    del view
+    if ctypes.CDLL(None).mprotect(at, ctypes.c_size_t((end - begin) * 4096), protection):
+        raise OSError("mprotect")
 areas = {}
 children = []
 def tell(**more):

@@ -21,6 +21,7 @@ struct DumpArguments {
   std::string parent;
   std::string compression;
   bool full = false;
+  bool while_mapped = false;
   bool leave_running = false;
   bool dry_run = false;
   bool verbose = false;
@@ -89,6 +90,7 @@ void PrintReport(const CheckpointReport& report, bool flattened, bool json) {
                {"allocated_bytes", report.allocated.value},
                {"remapped_first", report.remapped_first},
                {"flattened", flattened},
+               {"still_mapped", report.still_mapped},
                {"frozen_ns", report.frozen.value},
                {"elapsed_ns", report.elapsed.value}});
     return;
@@ -151,6 +153,7 @@ int RunDump(const DumpArguments& arguments, const Invocation& invocation) {
     if (!compression) return Report(compression.error(), arguments.json);
     options.compression = *compression;
   }
+  options.while_mapped = arguments.while_mapped;
   if (!arguments.timeout.empty()) {
     const auto timeout = ParseDuration(arguments.timeout, 1'000'000'000);
     if (!timeout) return Report(timeout.error(), arguments.json);
@@ -211,10 +214,13 @@ Action ConfigureDump(CLI::App& app) {
                  "Merge DIR's layers into one when they are more than N (default 32), or more of "
                  "them is hidden than used")
       ->option_text("N|never");
-  app.add_flag("--full", arguments->full, "Write everything")->excludes(parent);
+  auto* const full = app.add_flag("--full", arguments->full, "Write everything")->excludes(parent);
   app.add_option("--compress", arguments->compression,
                  "Pack the new layer afterwards; 'unmoor restore' unpacks it")
       ->option_text("lz4|zstd[:LEVEL]");
+  app.add_flag("--while-mapped", arguments->while_mapped,
+               "Dump a program that still maps its image as it is, where that is possible")
+      ->excludes(full);
   app.add_option("--timeout", arguments->timeout,
                  "How long to wait for a pending remap (default: as long as it takes)")
       ->option_text("SECONDS");

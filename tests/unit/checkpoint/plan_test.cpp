@@ -86,5 +86,54 @@ TEST(CheckpointPlan, SharedAndFileMemoryStaysWithCriu) {
   }
 }
 
+// Memory that maps layer 3 at the same distance everywhere.
+VmaInfo Layer(uint64_t begin, uint64_t size, uint64_t own = 0) {
+  VmaInfo vma = Anonymous(begin, size, own);
+  vma.inode = 42;
+  vma.offset = FileOffset(begin);
+  vma.name = "/image/layers/0.pages";
+  vma.vm_flags.insert(vma.vm_flags.end(), {"um", "uw"});
+  return vma;
+}
+
+std::vector<PlannedVma> PlanMapped(const std::vector<VmaInfo>& vmas,
+                                   std::vector<VaddrRange> whole) {
+  MappedLayers layers;
+  layers.find = [](const VmaInfo& vma) {
+    return vma.inode == 42 ? std::optional<uint32_t>(3) : std::nullopt;
+  };
+  layers.whole = std::move(whole);
+  return PlanTask(vmas, {}, layers);
+}
+
+TEST(CheckpointPlan, WhatMapsALayerIsAnonymousMemoryHoweverLittleOfItIsTheProgramsOwn) {
+  const auto plan = PlanMapped({Layer(0x10000000, 4 * kMiB)}, {});
+  ASSERT_EQ(plan.size(), 1u);
+  EXPECT_TRUE(plan[0].mapped) << plan[0].why;
+  EXPECT_TRUE(plan[0].vma.IsPrivateAnonymous());
+  EXPECT_FALSE(plan[0].vma.HasFlag("uw"));
+  ASSERT_EQ(plan[0].pieces.size(), 1u);
+  EXPECT_EQ(plan[0].pieces[0].layer, 3u);
+  EXPECT_EQ(plan[0].pieces[0].offset, FileOffset(0x10000000));
+}
+
+TEST(CheckpointPlan, PartsOfAMappedVmaAreOneAgain) {
+  constexpr uint64_t kAt = 0x10000000;
+  const VaddrRange whole{Vaddr(kAt), Vaddr(kAt + 6 * kMiB)};
+  const std::vector<VmaInfo> vmas = {Layer(kAt, 2 * kMiB), Anonymous(kAt + 2 * kMiB, 2 * kMiB, 0),
+                                     Layer(kAt + 4 * kMiB, 2 * kMiB)};
+  const auto plan = PlanMapped(vmas, {whole});
+  ASSERT_EQ(plan.size(), 1u);
+  EXPECT_EQ(plan[0].vma.range, whole);
+  EXPECT_EQ(plan[0].pieces.size(), 2u);
+  EXPECT_EQ(PlanMapped(vmas, {}).size(), 3u) << "not known to have been one";
+  std::vector<VmaInfo> protections = vmas;
+  protections[1].prot = PROT_READ;
+  EXPECT_EQ(PlanMapped(protections, {whole}).size(), 3u);
+  std::vector<VmaInfo> advice = vmas;
+  advice[2].vm_flags.push_back("dc");
+  EXPECT_EQ(PlanMapped(advice, {whole}).size(), 2u);
+}
+
 }  // namespace
 }  // namespace unmoor

@@ -108,6 +108,31 @@ class Rewrite : public ::testing::Test {
 };
 
 // CRIU's pages are 'a', 'b' … by their order; the layer's 'A', 'B' … by their offset.
+TEST_F(Rewrite, WhatWasMappedIsAnonymousAgain) {
+  Require(Map({{7, {Mapping(0x100000, 0x240000)}}, {8, {Mapping(0x100000, 0x200000)}}}));
+  ASSERT_NE(ReadFile(view_ + "/mm-7.img").value(), ReadFile(images_ + "/mm-7.img").value());
+  const std::vector<MappedTask> tasks = {{7, {{Vaddr(0x100000), Vaddr(0x240000)}}},
+                                         {8, {{Vaddr(0x80000), Vaddr(0x200000)}}}};
+  Require(MakeAnonymousAgain(view_, tasks));
+  for (const char* const name : {"/mm-7.img", "/mm-8.img", "/files.img"}) {
+    EXPECT_EQ(ReadFile(view_ + name).value(), ReadFile(images_ + name).value()) << name;
+  }
+}
+
+TEST_F(Rewrite, WhatIsNoneOfOursStaysAFileMapping) {
+  Require(Map({{7, {Mapping(0x100000, 0x240000), Mapping(0x400000, 0x500000, 1)}}}));
+  const std::string files = ReadFile(view_ + "/files.img").value();
+  Require(MakeAnonymousAgain(view_,
+                             std::vector<MappedTask>{{7, {{Vaddr(0x100000), Vaddr(0x200000)}}}}));
+  EXPECT_EQ(ReadFile(view_ + "/files.img").value(), files) << "one file is mapped still";
+  Require(MakeAnonymousAgain(view_,
+                             std::vector<MappedTask>{{7, {{Vaddr(0x100000), Vaddr(0x240000)}}}}));
+  const proto::MmEntry mm = ReadMm(7);
+  EXPECT_EQ(mm.vmas(0).status(), kVmaRegular | kVmaAnonPrivate);
+  EXPECT_EQ(mm.vmas(3).status(), kVmaRegular | kVmaFilePrivate);
+  EXPECT_EQ(ReadFiles().size(), 2u) << "of three, the one file that nothing maps is forgotten";
+}
+
 TEST_F(Rewrite, PagesOfDeltasAreMergedWithCriusAndWin) {
   const auto pages = [](char first, size_t count) {
     std::string text;

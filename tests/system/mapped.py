@@ -1,0 +1,310 @@
+#!/usr/bin/env -S python3 -B
+"""Dumps of programs that still map their image, in whole or in part: only what was written since is read,
+and what the layer shows stays in the layer.
+
+Programs verify their own memory; the parent is deleted before each restore.
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import chains
+from chains import Scripted
+from harness import UNMOOR, Program, children, demand, main, poll, read_proc, vmas
+from redis import Redis, Writer
+from store import CRIU
+from tree import Tree
+
+
+def dump(story, program, name, *arguments):
+    return chains.dump(story, program, name, "--while-mapped", *arguments)
+
+
+def mapped_bytes(pid):
+    return sum(v.end - v.begin for v in vmas(pid) if "/layers/" in v.name)
+
+
+class Mapped(Scripted):
+    """A scripted program that is restored, changed and dumped again without ever being remapped."""
+
+    def begin(self, code):
+        self.do(code)
+        folder, _ = dump(self.story, self, "generation-0")
+        self.await_gone()
+        self.story.await_no_orphan()
+        self.generation, self.folder = 0, folder
+        self.story.restore(self, folder, "--remap", "off")
+        self.do()
+
+    def again(self, code, *arguments, most=None, remapped_first=False):
+        """The next generation; at most so many bytes may be written for it."""
+        self.do(code)
+        self.generation += 1
+        folder, report = dump(self.story, self, f"generation-{self.generation}", *arguments)
+        demand(report["still_mapped"] != remapped_first, f"remapped first: {report}")
+        demand(most is None or report["written_bytes"] <= most, f"more than {most} bytes: {report}")
+        self.await_gone()
+        self.story.await_no_orphan()
+        shutil.rmtree(self.folder)
+        self.folder = folder
+        self.story.restore(self, folder, "--remap", "off")
+        self.do()
+        return report
+
+    def finish(self):
+        self.story.unmoor("verify", self.folder)
+        plain = self.story.path("plain-mapped")
+        self.story.unmoor("export", self.folder, plain)
+        self.story.unmoor("remap", "-t", self.pid)
+        demand(self.story.status(self).code == 0, "READY after the remap")
+        self.do()
+        # In the end it is as if it had never been mapped.
+        _, report = dump(self.story, self, "last")
+        demand(not report["still_mapped"], f"{report}")
+        self.await_gone()
+        self.story.await_no_orphan()
+        # And the one made while it was mapped is plain anonymous memory for stock criu.
+        restored = self.story.popen([CRIU, "restore", "-D", plain, "-d", "-o", self.story.path("criu.log")])
+        demand(restored.wait(60) == 0, "stock criu restores the exported image")
+        demand(mapped_bytes(self.pid) == 0, "it maps nothing of an image")
+        self.popen = None
+        self.do()
+
+
+def written_pages_only(story):
+    """Pages written, overwritten by zeros, given back, and given back and written again."""
+    program = Mapped(story)
+    program.begin("areas['a'] = Area(16); areas['a'].fill(0, 4096, 1); areas['b'] = Area(16); areas['b'].fill(0, 4000, 2)")
+    program.again("pass", most=1 << 20)
+    program.again("a = areas['a']; a.fill(100, 200, 3); a.zero(300, 310)", most=2 << 20)
+    program.again("a.drop(1000, 1500); a.drop(150, 160); a.drop(0, 8)", most=4 << 20)
+    program.again("a.fill(1200, 1210, 4); a.drop(1100, 1300); a.fill(1250, 1260, 5)", most=2 << 20)
+    program.again("b = areas['b']; b.drop(0, 4096)", most=20 << 20)
+    program.again("b.fill(5, 4090, 6)")
+    program.again("pass", most=1 << 20)
+    program.finish()
+
+
+def changed_vmas(story):
+    """VMAs that grew, shrank, moved, were re-protected, vanished or are new, all while mapped."""
+    program = Mapped(story)
+    program.begin("for name in 'abcdefg': areas[name] = Area(4); areas[name].fill(0, 1024, 1)")
+    program.again("areas['a'].resize(1300); areas['a'].fill(1200, 1210, 2)\n"
+                  "areas['b'].resize(500)\n"
+                  "areas.pop('c').memory.close()\n"
+                  "areas['d'].resize(20000)\n"
+                  "areas['h'] = Area(4); areas['h'].fill(5, 1020, 3)\n"
+                  "protect(areas['e'], 100, 300, 1)")
+    program.again("areas['b'].resize(900); areas['b'].fill(800, 810, 4)\n"
+                  "areas['f'].drop(500, 1024); areas['f'].resize(600)\n"
+                  "protect(areas['e'], 50, 150, 1); protect(areas['g'], 0, 1024, 1)\n"
+                  "areas['h'].drop(0, 300); areas['a'].drop(1000, 1205)")
+    program.again("protect(areas['e'], 0, 1024, 3); areas['e'].fill(90, 110, 5)\n"
+                  "areas['f'].resize(1500); protect(areas['g'], 0, 1024, 3); areas['g'].fill(0, 1, 6)")
+    program.again("areas['d'].drop(0, 1000); areas['d'].resize(900)")
+    program.finish()
+
+
+def half_remapped(story):
+    """churn dumped at any moment of its remap, with every way to change memory, the parents deleted."""
+    chance = random.Random(7)
+    churn = story.start("churn", "--threads", 2, "--mib", 96, "--sparse", "--remapper", "--brk",
+                        "--mprotect", "--munmap", "--hazard-mib", 4, "--rate", 1000)
+    churn.await_progress()
+    previous, mapped = None, 0
+    for generation in range(6):
+        folder, report = dump(story, churn, f"generation-{generation}")
+        mapped += report["still_mapped"]
+        churn.await_gone()
+        story.await_no_orphan()
+        if previous:
+            shutil.rmtree(previous)
+        previous = folder
+        story.restore(churn, folder)
+        churn.await_progress("works while direct-mapped or being remapped")
+        time.sleep(chance.random() * 0.1)
+    story.wait_ready(churn)
+    churn.await_sweep()
+    churn.end()
+    demand(mapped >= 1, "not one dump found it mapped still")
+
+
+def left_running(story):
+    """Dumped while mapped and left running: its agent comes back and finishes, the image is not needed."""
+    program = Mapped(story)
+    program.begin("areas['a'] = Area(32); areas['a'].fill(0, 8192, 1)")
+    folders = []
+    for generation in range(3):
+        program.do(f"areas['a'].fill({generation * 100}, {generation * 100 + 50}, 2); areas['a'].drop({generation * 100 + 60}, {generation * 100 + 70})")
+        folder, report = dump(story, program, f"left-{generation}", "-R")
+        demand(report["still_mapped"] and report["written_bytes"] < 2 << 20, f"{report}")
+        folders.append(folder)
+        program.do("areas['a'].drop(5000, 5010); areas['a'].fill(6000, 6010, 7)")
+    story.unmoor("remap", "-t", program.pid)
+    demand(story.status(program).code == 0, "READY after the remap")
+    shutil.rmtree(program.folder)
+    program.do()
+    story.demand_no_agent()
+    os.kill(program.pid, signal.SIGKILL)
+    program.await_gone()
+    for folder in folders[:2]:
+        shutil.rmtree(folder)
+    story.unmoor("verify", folders[2])
+
+
+def again_at_once(story):
+    """Each dump begins as its agent is just on its way back in from the one before; a thread gives memory back all the time."""
+    churn = story.start("churn", "--threads", 2, "--mib", 32, "--sparse", "--dontneed", "--hazard-mib", 4)
+    churn.await_progress()
+    folder, _ = dump(story, churn, "first")
+    churn.await_gone()
+    story.await_no_orphan()
+    story.restore(churn, folder, "--remap", "off")
+    for attempt in range(20):
+        outcome = story.unmoor("dump", "--while-mapped", "-t", churn.pid, "-D", story.path("again"), "-R", "--json",
+                               "--prev-images-dir", folder)
+        churn.demand_alive(f"after dump {attempt}: {outcome}")
+        if outcome.json()["remapped_first"]:
+            break  # it gave memory back each time; nothing is mapped any more
+    churn.await_sweep()
+    churn.end()
+
+
+def killed_midway(story):
+    """kill -9 of the dump at any moment: the program goes on, its agent comes back, and the next dump works."""
+    chance = random.Random(11)
+    churn = story.start("churn", "--threads", 2, "--mib", 64, "--sparse", "--dontneed", "--hazard-mib", 4)
+    churn.await_progress()
+    folder, _ = dump(story, churn, "first")
+    churn.await_gone()
+    story.await_no_orphan()
+    story.restore(churn, folder, "--remap", "off")
+    for attempt in range(5):
+        churn.await_progress()
+        victim = story.popen([UNMOOR, "dump", "--while-mapped", "-t", str(churn.pid), "-D",
+                              story.path("killed"), "-R"])
+        time.sleep(chance.random() * 0.15)
+        victim.kill()
+        victim.wait()
+        churn.await_progress("goes on after the dump was killed", amount=100)
+    story.unmoor("remap", "-t", churn.pid)
+    demand(story.status(churn).code == 0, "READY in the end")
+    churn.await_sweep()
+    story.dump(churn, "last")
+    story.restore(churn, story.path("last"))
+    story.wait_ready(churn)
+    churn.end()
+    story.demand_no_agent()
+
+
+def moved_image(story):
+    """The image was moved, or deleted while another directory has its layers; without any of them the
+    remap is finished first, which is said."""
+    program = Mapped(story)
+    program.begin("areas['a'] = Area(16); areas['a'].fill(0, 4096, 1)")
+    moved = story.path("moved")
+    os.rename(program.folder, moved)
+    program.folder = moved
+    program.again("areas['a'].fill(10, 20, 2)", "--prev-images-dir", moved, most=1 << 20)
+    # Its layers live on in the new directory, whose file the program does not map by name.
+    copy = story.path("copy")
+    program.do("areas['a'].fill(30, 40, 3)")
+    _, report = dump(story, program, "copy", "-R")
+    demand(report["still_mapped"], f"{report}")
+    shutil.rmtree(program.folder)
+    program.folder = copy
+    program.again("areas['a'].fill(50, 60, 4)", "--prev-images-dir", copy, most=1 << 20)
+    shutil.rmtree(program.folder)
+    outcome = story.unmoor("dump", "--while-mapped", "-t", program.pid, "-D", story.path("after"), "--json")
+    report = outcome.json()
+    demand(not report["still_mapped"] and report["remapped_first"], f"{report}")
+    demand("finishing the remap first" in outcome.err, f"not said: {outcome}")
+    program.await_gone()
+    story.await_no_orphan()
+    story.restore(program, story.path("after"))
+    story.wait_ready(program)
+    program.do()
+
+
+def forks(story):
+    """A child forked while its parent is mapped, both dumped while mapped."""
+    program = Mapped(story)
+    program.begin("areas['a'] = Area(16); areas['a'].fill(0, 4096, 1)")
+    program.do("pid = os.fork()\n"
+               "if pid == 0:\n"
+               "    report += '.child'; command += '.child'; last = 0; a = areas['a']\n"
+               "    a.fill(0, 100, 7); a.drop(200, 210); tell(done=0)\n"
+               "else: areas['a'].fill(50, 60, 8)")
+    child = poll(lambda: children_of(program.pid), "the child")[0]
+    inner = Program(story, child, program.report_path + ".child")
+    poll(lambda: inner.report().get("ready"), "the child is ready")
+    for name in ("second", "third"):
+        folder, report = dump(story, program, name)
+        demand(report["still_mapped"], f"{report}")
+        program.await_gone()
+        story.await_no_orphan()
+        shutil.rmtree(program.folder)
+        program.folder = folder
+        story.restore(program, folder, "--remap", "off")
+        program.do()
+        with open(program.command + ".child", "w") as file:
+            json.dump([program.number, "areas['a'].fill(1000, 1010, 9); areas['a'].drop(2000, 2010)"], file)
+        poll(lambda: inner.report().get("done") == program.number, "the child verified its memory")
+    for member in (program, inner):
+        story.unmoor("remap", "-t", member.pid)
+    program.do()
+
+
+def children_of(pid):
+    """Without helpers of an agent."""
+    return [child for child in children(pid) if not read_proc(child, "comm").startswith("unmoor")]
+
+
+def trees_and_redis(story):
+    """A tree and redis, dumped right after the restore."""
+    tree = Tree(story, "--mib", 24)
+    previous = None
+    for generation in range(3):
+        folder, report = dump(story, tree.parent, f"tree-{generation}")
+        tree.await_gone()
+        story.await_no_orphan()
+        if previous:
+            shutil.rmtree(previous)
+        previous = folder
+        story.restore(tree.parent, folder, "--remap", "off")
+        tree.await_rounds("works while mapped")
+    demand(report["still_mapped"], f"{report}")
+    for member in tree.members:
+        story.unmoor("remap", "-t", member.pid)
+    tree.await_rounds("works after the remap")
+    redis = Redis(story)
+    redis.populate()
+    previous = None
+    for generation in range(3):
+        digest = redis.digest()
+        folder, report = dump(story, redis.program, f"redis-{generation}")
+        demand(report["still_mapped"] == (generation > 0), f"{report}")
+        redis.program.await_gone()
+        story.await_no_orphan()
+        if previous:
+            shutil.rmtree(previous)
+        previous = folder
+        story.restore(redis.program, folder, "--remap", "off")
+        demand(redis.digest() == digest, f"other data after restore {generation}")
+        writer = Writer(redis.port, generation)
+        writer.start()
+        time.sleep(0.3)
+        redis.expected.update(writer.finish())
+    story.unmoor("remap", "-t", redis.program.pid)
+    redis.demand_own_writes()
+    os.kill(redis.program.pid, signal.SIGKILL)
+    redis.program.await_gone()
+
+
+if __name__ == "__main__":
+    main({f.__name__: f for f in (
+        written_pages_only, changed_vmas, half_remapped, left_running, again_at_once, killed_midway, moved_image, forks,
+        trees_and_redis)})
