@@ -45,7 +45,8 @@ Worker::Worker(Pid pid, const AgentOptions& options, OnFork on_fork,
       stop_(*stop_owner_),
       options_(options),
       on_fork_(std::move(on_fork)),
-      began_(MonotonicNow()) {}
+      began_(MonotonicNow()),
+      memory_room_(pid) {}
 
 Result<> Worker::Identify() {
   UNMOOR_ASSIGN(const ProcessInfo process, ReadProcess(pid_));

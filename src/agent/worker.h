@@ -17,6 +17,7 @@
 #include <map>
 #include <memory>
 #include <set>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,7 @@
 #include "agent/vma_names.h"
 #include "base/result.h"
 #include "os/fd.h"
+#include "os/memory_room.h"
 #include "os/procfs.h"
 #include "os/ptrace.h"
 #include "os/userfaultfd.h"
@@ -139,6 +141,8 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<> RecordOwned(size_t slot);
   [[nodiscard]] Result<> FreeMirrors();
   [[nodiscard]] Result<> AddName(OpList& ops, VaddrRange range, const std::string& name) const;
+  [[nodiscard]] Result<> TakeMemory(std::span<const CopyStep> steps);
+  [[nodiscard]] Result<> CopySteps(size_t area, std::span<const CopyStep> steps);
   [[nodiscard]] Result<> EnsureScratch();
   [[nodiscard]] Result<> RunCopies(const OpList& ops);
   void AddHugeBlock(OpList& ops, const Area& area, const Mirror& mirror, int file,
@@ -163,6 +167,8 @@ class Worker final : public Carrier {
   [[nodiscard]] bool MayCopyGivenBack(VaddrRange range) const;
   [[nodiscard]] Result<> Drop(VaddrRange range);
   [[nodiscard]] Result<> ZeroGrowth(VaddrRange grown);
+  [[nodiscard]] Result<> ZeroUnreplaced(std::span<const VaddrRange> given_back);
+  [[nodiscard]] Result<> ZeroShown(const VmaInfo& vma, VaddrRange range);
   [[nodiscard]] Result<> ConvertShortened(Vaddr end);
   [[nodiscard]] Result<> ConvertHeld(size_t area);
   [[nodiscard]] Result<> ConvertHot();
@@ -205,8 +211,10 @@ class Worker final : public Carrier {
   std::vector<VmaInfo> images_;  // the VMAs that map images, as last read, with their flags
   VmaNames names_;               // of what these map, where the kernel has names
   std::vector<Mirror> mirrors_;
+  MemoryRoom memory_room_;  // the program's
   std::vector<PlannedArea> areas_;
   RangeSet dropped_;
+  std::vector<VaddrRange> unreplaced_;  // given back, with no mapping to spare for it
   std::set<uint64_t> cuts_;  // where VMAs may have been shortened, not looked at yet
   Bytes dropped_bytes_;
   Bytes converted_;  // swapped while the program was held, without the remapper

@@ -14,6 +14,8 @@
 #include <cerrno>
 #include <csignal>
 #include <cstdlib>
+#include <optional>
+#include <utility>
 
 #include "agent/page_image.h"
 #include "agent/worker_ops.h"
@@ -93,6 +95,7 @@ Result<bool> Worker::HandleEvents() {
     }
     // With more than one thread, the event may be one's whose call we have not seen yet.
     const bool known = calls.threads == 1 && calls.blocked.size() == 1 && !copied_again &&
+                       unreplaced_.empty() &&
                        (GivesMemoryBack(calls.blocked.front()) || Forks(calls.blocked.front()));
     if (!known) {
       const auto handled = HandleEventsStopped(changed);
@@ -144,6 +147,7 @@ Result<> Worker::HoldProgram(bool& changed) {
   if (!events.unexplained.empty()) UNMOOR_TRY(ExplainMoves(events));
   // Whatever went wrong, what the events said happens before anybody runs.
   for (const VaddrRange range : events.given_back) UNMOOR_TRY(Drop(range));
+  if (!unreplaced_.empty()) UNMOOR_TRY(ZeroUnreplaced(events.given_back));
   for (const VaddrRange range : events.grown) UNMOOR_TRY(ZeroGrowth(range));
   // But not what needs everybody to stand still: a thread that does not stop may be in a transfer,
   // or in a vfork, by which memory changes that is just being copied.
@@ -170,7 +174,8 @@ Result<> Worker::StopAndRead(HeldEvents& events, bool& changed) {
     UNMOOR_ASSIGN(const int64_t late, link_.Must(hold, "cannot stop the program's threads"));
     if (late == 0) return {};
     UNMOOR_ASSIGN(const bool waiting, WaitReadable(uffd_.get(), Nanos(0)));
-    const Nanos limit = events.cut.empty() ? hold_limit_ : kLongestHoldForCut;
+    const bool patient = !events.cut.empty() || !unreplaced_.empty();
+    const Nanos limit = patient ? kLongestHoldForCut : hold_limit_;
     if (!waiting && MonotonicNow() - began > limit) {
       return Failure(Error(ErrorKind::kMachine, EAGAIN,
                            fmt::format("a thread of process {} does not stop", pid_.value)));
@@ -307,8 +312,13 @@ Result<> Worker::DropImagePart(VaddrRange part, int prot) {
             {part.begin.value, part.size().value, UFFDIO_REGISTER_MODE_WP, 0, 0});
   const auto replaced = link_.Must(ops, "cannot give memory back inside the program");
   if (!replaced) {
-    UNMOOR_TRY(UffdRegister(uffd_.get(), part, UffdMode::kWriteProtect));
-    return Failure(replaced.error());
+    const auto watched = UffdRegister(uffd_.get(), part, UffdMode::kWriteProtect);
+    if (replaced.error().errnum() != ENOMEM) {
+      UNMOOR_TRY(watched);
+      return Failure(replaced.error());
+    }
+    unreplaced_.push_back(part);  // no mapping to spare (vm.max_map_count)
+    return {};
   }
   dropped_.Insert(part);
   dropped_bytes_ += part.size();
@@ -322,21 +332,43 @@ Result<> Worker::ZeroGrowth(VaddrRange grown) {
   if (grown.empty()) return {};
   UNMOOR_ASSIGN(const auto vma, QueryVma(maps_.get(), grown.begin));
   if (!vma || vma->range.begin >= grown.begin || !IsKnownImage(*vma)) return {};
-  grown = vma->range.Intersect(grown);
+  return ZeroShown(*vma, grown);
+}
+
+// What was given back without a mapping to spare, of what the events read say: its threads have
+// emptied it and are stopped. Of the rest the event waits still, and it is dropped again.
+Result<> Worker::ZeroUnreplaced(std::span<const VaddrRange> given_back) {
+  for (const VaddrRange range : std::exchange(unreplaced_, {})) {
+    for (const VaddrRange given : given_back) {
+      const VaddrRange part = range.Intersect(given);
+      std::optional<VmaInfo> vma;
+      for (Vaddr at = part.begin; at < part.end; at = vma->range.end) {
+        UNMOOR_ASSIGN(vma, QueryVma(maps_.get(), at));
+        if (!vma || vma->range.begin >= part.end) break;
+        if (IsKnownImage(*vma)) UNMOOR_TRY(ZeroShown(*vma, part));
+      }
+    }
+  }
+  return {};
+}
+
+// Zeros in place of what the image has in `range` of its mapping.
+Result<> Worker::ZeroShown(const VmaInfo& vma, VaddrRange range) {
+  const VaddrRange shown = vma.range.Intersect(range);
   Area area;
-  area.inode = vma->inode;
-  area.dev_major = vma->dev_major;
-  area.dev_minor = vma->dev_minor;
-  area.file_vma = vma->range;
+  area.inode = vma.inode;
+  area.dev_major = vma.dev_major;
+  area.dev_minor = vma.dev_minor;
+  area.file_vma = vma.range;
   UNMOOR_ASSIGN(const ImageFile* file, FileOf(area));
-  const auto offset = [&](Vaddr at) { return vma->offset + (at - vma->range.begin); };
+  const auto offset = [&](Vaddr at) { return vma.offset + (at - vma.range.begin); };
   UNMOOR_ASSIGN(const std::vector<FileRange> data,
-                DataRanges(file->fd.get(), {offset(grown.begin), offset(grown.end)}, "page image"));
+                DataRanges(file->fd.get(), {offset(shown.begin), offset(shown.end)}, "page image"));
   const std::vector<std::byte> zeros(size_t{1} << 20);
   for (const FileRange& range : data) {
     for (FileOffset at = range.begin; at < range.end;) {
       const auto part = std::span(zeros).first(std::min(zeros.size(), (range.end - at).value));
-      UNMOOR_TRY(ForceWriteMemory(pid_, vma->range.begin + (at - vma->offset), part));
+      UNMOOR_TRY(ForceWriteMemory(pid_, vma.range.begin + (at - vma.offset), part));
       at = at + Bytes(part.size());
     }
   }
@@ -379,7 +411,8 @@ Result<> Worker::ConvertHeld(size_t index) {
   for (const VaddrRange block : CutIntoBlocks(range)) {
     steps.push_back({block, ContentOf(block, areas_[index].image_data, own, dropped_), false});
   }
-  if (!steps.empty()) UNMOOR_TRY(Copy(index, steps));
+  // Whether there is memory to spare or not: what stays direct-mapped here would show old bytes.
+  if (!steps.empty()) UNMOOR_TRY(CopySteps(index, steps));
   // Not what it should be, although nobody runs: better direct-mapped than incomplete.
   if (stale_) return {};
   stale_ = was_stale;

@@ -20,6 +20,7 @@
 #include "os/file.h"
 #include "os/kernel_abi.h"
 #include "os/kernel_features.h"
+#include "os/own_memory.h"
 #include "os/pagemap.h"
 #include "os/process_control.h"
 #include "os/procfs.h"
@@ -62,17 +63,13 @@ bool IsOpenDirect(const std::string& fdinfo) {
          (std::strtoul(text->c_str() + at + 6, nullptr, 8) & kOpenDirect) != 0;
 }
 
-size_t MaxMapCount() {
-  const auto text = ReadFile("/proc/sys/vm/max_map_count");
-  return text ? std::strtoul(text->c_str(), nullptr, 10) : 65530;
-}
-
 }  // namespace
 
 Result<std::vector<Carrier::PlannedArea>> Worker::Plan() {
   stop_.Release();
   swap_next_ = false;
   UNMOOR_TRY(CheckNoPinnedMemory());
+  memory_room_.FindGroups();
   if (++plans_in_a_row_ > kPlansBeforeHold) UNMOOR_TRY(ConvertHot());
   UNMOOR_TRY(Settle());
   for (int attempt = 0;; ++attempt) {
@@ -312,6 +309,21 @@ Result<std::vector<VaddrRange>> Worker::OwnPages(VaddrRange range, bool written_
   return pages;
 }
 
+// Copies that were made and not swapped yet are given up where there is no room for the rest: the
+// program needs the memory more than we do.
+Result<> Worker::TakeMemory(std::span<const CopyStep> steps) {
+  Bytes size;
+  for (const CopyStep& step : steps) size += step.content.size();
+  auto taken = memory_room_.Take(size);
+  if (taken) return {};
+  for (const Mirror& mirror : mirrors_) {
+    OpList forget;
+    AddAdvice(forget, {mirror.base, mirror.base + mirror.area.range.size()}, MADV_DONTNEED);
+    UNMOOR_TRY(link_.Must(forget, "madvise(MADV_DONTNEED) inside the program"));
+  }
+  return Failure(std::move(taken).error());
+}
+
 Result<> Worker::EnsureScratch() {
   if (scratch_.value != 0) return {};
   UNMOOR_ASSIGN(scratch_, MapOwned(Bytes(kHugePageSize), 0, false));
@@ -322,6 +334,11 @@ Result<> Worker::EnsureScratch() {
 }
 
 Result<> Worker::Copy(size_t index, std::span<const CopyStep> steps) {
+  UNMOOR_TRY(TakeMemory(steps));
+  return CopySteps(index, steps);
+}
+
+Result<> Worker::CopySteps(size_t index, std::span<const CopyStep> steps) {
   const Area& area = areas_[index].area;
   const Mirror& mirror = MirrorOf(index);
   UNMOOR_ASSIGN(const ImageFile* file, FileOf(area));

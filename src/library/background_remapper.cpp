@@ -146,7 +146,7 @@ class BackgroundRemapper::Impl {
   Impl& operator=(const Impl&) = delete;
 
   [[nodiscard]] Result<> WatchScope() { return share_->WatchScope(); }
-  void Begin();
+  [[nodiscard]] Result<> Begin();
   [[nodiscard]] bool IsOfThisProcess() const { return OwnPid() == owner_; }
   [[nodiscard]] RemapProgress progress() const;
   Status Wait(std::chrono::nanoseconds timeout);
@@ -203,15 +203,25 @@ class BackgroundRemapper::Impl {
   uint64_t refused_bytes_ = 0;
 };
 
-void BackgroundRemapper::Impl::Begin() {
+// A failure leaves it cancelled, and reports to nobody.
+Result<> BackgroundRemapper::Impl::Begin() {
   auto parts = Split(ranges_, static_cast<size_t>(options_.threads));
   const std::lock_guard lock(mutex_);
   for (size_t i = 0; i < parts.size(); ++i) workers_.push_back(std::make_unique<Worker>());
   for (size_t i = 0; i < parts.size(); ++i) {
     Worker& worker = *workers_[i];
-    worker.thread = local::StartEngineThread(
+    auto started = local::StartEngineThread(
         "unmoor-remap", [this, &worker, scope = std::move(parts[i])] { RunWorker(worker, scope); });
+    if (!started) {
+      workers_.resize(i);
+      cancelled_ = true;
+      options_.completion_eventfd = -1;
+      options_.on_complete = nullptr;
+      return Failure(started.error());
+    }
+    worker.thread = std::move(*started);
   }
+  return {};
 }
 
 BackgroundRemapper::Impl::~Impl() {
@@ -531,7 +541,7 @@ StatusOr<BackgroundRemapper> BackgroundRemapper::StartWith(std::span<const Remap
     const bool changed_meanwhile = watched.error().errnum() == EINVAL;
     if (!changed_meanwhile || attempt == 100) return StatusFrom(watched.error());
   }
-  impl->Begin();
+  if (const auto begun = impl->Begin(); !begun) return StatusFrom(begun.error());
   return BackgroundRemapper(std::move(impl));
 }
 

@@ -14,6 +14,7 @@
 #include <cerrno>
 #include <csignal>
 #include <cstdlib>
+#include <system_error>
 
 #include "os/file.h"
 #include "os/kernel_abi.h"
@@ -208,17 +209,22 @@ void SignalEventFd(int fd) {
   (void)!::write(fd, &one, sizeof(one));
 }
 
-std::thread StartQuietThread(const char* name, std::function<void()> body) {
+Result<std::thread> StartQuietThread(const char* name, std::function<void()> body) {
   sigset_t all, before;
   sigfillset(&all);
   for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP}) sigdelset(&all, fault);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  std::thread thread([name, body = std::move(body)] {
-    ::prctl(PR_SET_NAME, name);
-    body();
-  });
+  Result<std::thread> started;
+  try {
+    started = std::thread([name, body = std::move(body)] {
+      ::prctl(PR_SET_NAME, name);
+      body();
+    });
+  } catch (const std::system_error& error) {
+    started = SystemError(error.code().value(), "cannot start a thread");
+  }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  return thread;
+  return started;
 }
 
 Nanos ThreadCpuTime() {

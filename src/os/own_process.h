@@ -52,7 +52,7 @@ void UnmapOwn(VaddrRange range);
 void SignalEventFd(int fd);
 
 // A thread that takes no signals but the C library's own and those its own instructions cause.
-[[nodiscard]] std::thread StartQuietThread(const char* name, std::function<void()> body);
+[[nodiscard]] Result<std::thread> StartQuietThread(const char* name, std::function<void()> body);
 [[nodiscard]] Nanos ThreadCpuTime();
 
 }  // namespace unmoor

@@ -147,7 +147,7 @@ TEST_F(Memory, LeftBehindByAMoveIsEmpty) {
   auto remapper = Start();
   remapper.Pause();
   // Private file mappings may be moved so since kernel 5.13.
-  void* moved = ::mremap(memory(), 2 * kMiB, 2 * kMiB, MREMAP_MAYMOVE | 4 /*DONTUNMAP*/);
+  void* moved = ::mremap(memory(), 2 * kMiB, 2 * kMiB, MREMAP_MAYMOVE | 4 /*DONTUNMAP*/, nullptr);
   if (moved == MAP_FAILED) GTEST_SKIP() << "mremap: " << std::strerror(errno);
   EXPECT_TRUE(IsZero(memory(), 2 * kMiB));
   EXPECT_EQ(*static_cast<uint64_t*>(moved), PatternAt(0));

@@ -1,5 +1,6 @@
 // System calls that write into memory being remapped: none fails, none loses anything.
 #include <fcntl.h>
+#include <linux/aio_abi.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sys/mman.h>
@@ -12,6 +13,7 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <functional>
 #include <thread>
 #include <vector>
 
@@ -25,6 +27,22 @@ class SystemCalls : public Hazard {
   void SetUp() override {
     Hazard::SetUp();
     MakeImage(6 * kMiB);
+  }
+  // With what is set up now the remap stands and names `what`; after `end` it goes on.
+  void ExpectWaits(const char* what, const std::function<void()>& end) {
+    Map();
+    auto remapper = Start();
+    const auto waiting = remapper.Wait(kLimit);
+    EXPECT_EQ(waiting.code(), unmoor::StatusCode::kBusy) << waiting.message();
+    EXPECT_NE(waiting.message().find(what), std::string::npos) << waiting.message();
+    const auto progress = remapper.progress();
+    EXPECT_EQ(progress.status, unmoor::RemapStatus::kLater);
+    EXPECT_EQ(progress.done_bytes, 0u);
+    end();
+    remapper.Resume();
+    const auto status = remapper.Wait(kLimit);
+    EXPECT_TRUE(status.ok()) << status.message();
+    ExpectPattern(0, size());
   }
 };
 
@@ -189,19 +207,7 @@ TEST_F(SystemCalls, WithAnIoUringTheRemapWaitsAndSaysSo) {
   char parameters[120] = {};
   const int ring = static_cast<int>(::syscall(SYS_io_uring_setup, 4, parameters));
   if (ring < 0) GTEST_SKIP() << "no io_uring here: " << std::strerror(errno);
-  Map();
-  auto remapper = Start();
-  const auto waiting = remapper.Wait(kLimit);
-  EXPECT_EQ(waiting.code(), unmoor::StatusCode::kBusy) << waiting.message();
-  EXPECT_NE(waiting.message().find("io_uring"), std::string::npos);
-  const auto progress = remapper.progress();
-  EXPECT_EQ(progress.status, unmoor::RemapStatus::kLater);
-  EXPECT_EQ(progress.done_bytes, 0u);
-  ::close(ring);
-  remapper.Resume();
-  const auto status = remapper.Wait(kLimit);
-  EXPECT_TRUE(status.ok()) << status.message();
-  ExpectPattern(0, size());
+  ExpectWaits("io_uring", [&] { ::close(ring); });
 }
 
 // Its file is closed and its memory is mapped: it lives on, with what it has under way.
@@ -213,16 +219,15 @@ TEST_F(SystemCalls, WithAnIoUringThatIsOnlyMappedTheRemapWaits) {
       ::mmap(nullptr, kPage, PROT_READ | PROT_WRITE, MAP_SHARED, ring, 0x10000000 /*SQEs*/);
   ASSERT_NE(entries, MAP_FAILED);
   ::close(ring);
-  Map();
-  auto remapper = Start();
-  const auto waiting = remapper.Wait(kLimit);
-  EXPECT_EQ(waiting.code(), unmoor::StatusCode::kBusy) << waiting.message();
-  EXPECT_NE(waiting.message().find("io_uring"), std::string::npos);
-  EXPECT_EQ(remapper.progress().done_bytes, 0u);
-  ::munmap(entries, kPage);
-  remapper.Resume();
-  EXPECT_TRUE(remapper.Wait(kLimit).ok()) << remapper.progress().reason;
-  ExpectPattern(0, size());
+  ExpectWaits("io_uring", [&] { ::munmap(entries, kPage); });
+}
+
+TEST_F(SystemCalls, WithLinuxAioTheRemapWaitsAndSaysSo) {
+  aio_context_t context = 0;
+  if (::syscall(SYS_io_setup, 4, &context) != 0) {
+    GTEST_SKIP() << "no Linux AIO here: " << std::strerror(errno);
+  }
+  ExpectWaits("Linux AIO", [&] { ::syscall(SYS_io_destroy, context); });
 }
 
 // A ring that only another process has open any more shows nowhere; what is registered with it

@@ -14,6 +14,7 @@
 #include "image/layout.h"
 #include "os/file.h"
 #include "os/kernel_abi.h"
+#include "os/own_memory.h"
 #include "os/pagemap.h"
 #include "os/process_control.h"
 #include "os/procfs.h"
@@ -76,11 +77,6 @@ bool IsFileOf(int fd, const Area& area) {
          minor(info->st_dev) == area.dev_minor;
 }
 
-size_t MappingLimit() {
-  const auto text = ReadFile("/proc/sys/vm/max_map_count");
-  return text ? std::strtoul(text->c_str(), nullptr, 10) : 65530;
-}
-
 std::string NameOf(const Area& area) {
   const auto vmas = ReadMaps(OwnPid());
   if (!vmas) return {};
@@ -95,7 +91,10 @@ std::string NameOf(const Area& area) {
 
 RemapShare::RemapShare(std::shared_ptr<Watcher> watcher, std::vector<ScopeRange> scope,
                        std::vector<ImageSource> sources)
-    : watcher_(std::move(watcher)), scope_(std::move(scope)), sources_(std::move(sources)) {}
+    : watcher_(std::move(watcher)),
+      scope_(std::move(scope)),
+      sources_(std::move(sources)),
+      memory_room_(OwnPid()) {}
 
 RemapShare::~RemapShare() {
   if (!watcher_->IsOfThisProcess()) return;  // its mirrors were unmapped by the fork
@@ -349,6 +348,7 @@ LocalCarrier::~LocalCarrier() {
 
 Result<std::vector<Carrier::PlannedArea>> LocalCarrier::Plan() {
   UNMOOR_TRY(CheckNoPinnedMemory());
+  share_->memory_room().FindGroups();
   for (int attempt = 0;; ++attempt) {
     auto planned = PlanOnce();
     // Reading the list takes its time: what moved down meanwhile is in neither half. So nothing is
@@ -370,10 +370,10 @@ Result<std::vector<Carrier::PlannedArea>> LocalCarrier::Plan() {
 
 Result<> LocalCarrier::PlanOnce() {
   UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(OwnPid()));
-  if (vmas.size() + kSpareMaps > MappingLimit()) {
+  if (vmas.size() + kSpareMaps > MaxMapCount()) {
     return Errno(ENOMEM, fmt::format("the process has {} of the {} mappings it may have; raise "
                                      "vm.max_map_count",
-                                     vmas.size(), MappingLimit()));
+                                     vmas.size(), MaxMapCount()));
   }
   plan_.clear();
   stale_ = false;
@@ -545,6 +545,20 @@ Result<std::vector<VaddrRange>> LocalCarrier::OwnPages(VaddrRange range, bool wr
   return pages;
 }
 
+// Copies that were made and not swapped yet are given up where there is no room for the rest: the
+// program needs the memory more than we do.
+Result<> LocalCarrier::TakeMemory(std::span<const CopyStep> steps) {
+  Bytes size;
+  for (const CopyStep& step : steps) size += step.content.size();
+  auto taken = share_->memory_room().Take(size);
+  if (taken) return {};
+  for (const Planned& p : plan_) {
+    const VaddrRange area = p.planned.area.range;
+    (void)AdviseOwn({p.At(area.begin), p.At(area.end)}, MADV_DONTNEED);
+  }
+  return Failure(std::move(taken).error());
+}
+
 Result<> LocalCarrier::EnsureScratch() {
   if (!scratch_.whole.empty()) return {};
   UNMOOR_ASSIGN(scratch_, ReserveOwnMemory(Bytes(kHugePageSize), 0, false));
@@ -561,6 +575,7 @@ Result<> LocalCarrier::Copy(size_t index, std::span<const CopyStep> steps) {
   const VaddrRange mirror{target.At(steps.front().block.begin), target.At(steps.back().block.end)};
   // A block copied before and given back, or of an earlier plan, starts afresh.
   (void)AdviseOwn(mirror, MADV_DONTNEED);
+  UNMOOR_TRY(TakeMemory(steps));
   if (target.planned.area.prot != (PROT_READ | PROT_WRITE)) {
     (void)ProtectOwn(mirror, PROT_READ | PROT_WRITE);
   }

@@ -17,6 +17,7 @@
 #include "base/units.h"
 #include "image/layer_reader.h"
 #include "os/fd.h"
+#include "os/memory_room.h"
 #include "os/own_process.h"
 #include "remap/local/watcher.h"
 #include "remap/remapper.h"
@@ -78,6 +79,9 @@ class RemapShare {
   };
   [[nodiscard]] const Image* ImageOf(const Area& area, bool verify);
 
+  // What copies take.
+  [[nodiscard]] MemoryRoom& memory_room() { return memory_room_; }
+
   // `range` stays direct-mapped for ever.
   void Refuse(VaddrRange range, const std::string& reason);
   [[nodiscard]] RangeSet refused() const;
@@ -97,6 +101,7 @@ class RemapShare {
   std::shared_ptr<Watcher> watcher_;
   const std::vector<ScopeRange> scope_;
   const std::vector<ImageSource> sources_;
+  MemoryRoom memory_room_;
   mutable std::mutex mutex_;
   std::vector<Mirror> mirrors_;
   std::vector<Area> watched_;  // as WatchScope found them
@@ -146,6 +151,7 @@ class LocalCarrier final : public Carrier {
   void SortPlan();
   [[nodiscard]] Result<> AdoptMoved(const Area& area, const RangeSet& refused);
   [[nodiscard]] Result<> CheckNoPinnedMemory();
+  [[nodiscard]] Result<> TakeMemory(std::span<const CopyStep> steps);
   [[nodiscard]] Result<> EnsureScratch();
   [[nodiscard]] Result<> CopyHuge(const Planned& target, const CopyStep& step);
   [[nodiscard]] Result<> CopyContent(const Planned& target, const BlockContent& content,

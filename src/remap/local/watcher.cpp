@@ -85,11 +85,11 @@ Result<> Watcher::Begin(int freeze_signal) {
   UNMOOR_ASSIGN(stop_, CreateEventFd());
   descriptors_ = {uffd_.get(), maps_.get(), pagemap_.get(), memory_.get(), tasks_.get()};
   // After the first thread was made: glibc installs its own handler of this signal then.
-  thread_ = StartQuietThread("unmoor-events", [this] {
-    AddEventsThread();
-    ServeLoop();
-    RemoveEventsThread();
-  });
+  UNMOOR_ASSIGN(thread_, StartQuietThread("unmoor-events", [this] {
+                  AddEventsThread();
+                  ServeLoop();
+                  RemoveEventsThread();
+                }));
   const long error =
       InstallFreezeHandler(freeze_signal == 0 ? kDefaultFreezeSignal : freeze_signal);
   if (error < 0) return SystemError(static_cast<int>(-error), "cannot install the freeze signal");
@@ -186,7 +186,7 @@ std::string Watcher::Refusal() {
   return watcher->refusals_.empty() ? std::string() : watcher->refusals_.begin()->second;
 }
 
-std::thread StartEngineThread(const char* name, std::function<void()> body) {
+Result<std::thread> StartEngineThread(const char* name, std::function<void()> body) {
   return StartQuietThread(name, [body = std::move(body)] {
     UnblockFreezeSignal();
     body();

@@ -63,6 +63,6 @@ class Watcher {
 
 // A thread of the remapper. It rests in the windows of others like any thread of the program, since
 // it too allocates.
-[[nodiscard]] std::thread StartEngineThread(const char* name, std::function<void()> body);
+[[nodiscard]] Result<std::thread> StartEngineThread(const char* name, std::function<void()> body);
 
 }  // namespace unmoor::local

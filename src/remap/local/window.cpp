@@ -244,8 +244,8 @@ long SwapPart(const Descriptors& fds, const WindowPiece& piece, const Part& part
     if (error < 0) return error;
   }
   // Unregistered first: the swap would otherwise wait for somebody to read its event.
-  Unregister(fds, part.begin, part.end);
-  const long moved = MoveOver(mirror, part.begin, length);
+  const long unwatched = Unregister(fds, part.begin, part.end);
+  const long moved = unwatched < 0 ? unwatched : MoveOver(mirror, part.begin, length);
   if (arriving != (kRead | kWrite)) Protect(mirror, mirror + length, kRead | kWrite);
   if (moved < 0) {
     Register(fds, part.begin, part.end);
@@ -374,12 +374,13 @@ const MirrorPlace* FindMirror(const kernel::ProcmapQuery& vma, uint64_t begin, u
 }
 
 // What MADV_DONTNEED makes of anonymous memory. With a mirror it comes from there, so that it joins
-// what is swapped around it.
-void MakeZero(const Descriptors& fds, const kernel::ProcmapQuery& vma, uint64_t begin,
+// what is swapped around it. False: there is no mapping to spare (vm.max_map_count), and the image
+// is mapped there still.
+bool MakeZero(const Descriptors& fds, const kernel::ProcmapQuery& vma, uint64_t begin,
               uint64_t end) {
   const auto protection = static_cast<uint32_t>(vma.vma_flags & 7);
   const MirrorPlace* place = FindMirror(vma, begin, end);
-  Unregister(fds, begin, end);
+  if (Unregister(fds, begin, end) < 0) return false;
   bool moved = false;
   if (place != nullptr) {
     // A copying thread may be at this part of the mirror: that stays writable. Nobody of the
@@ -390,10 +391,33 @@ void MakeZero(const Descriptors& fds, const kernel::ProcmapQuery& vma, uint64_t 
   }
   if (!moved) {
     // SAFETY: replaces a mapping of an image whose content its owner has just given back.
-    Call(__NR_mmap, Word(begin), Word(end - begin), static_cast<long>(protection),
-         kPrivateAnonymousFixed, -1, 0);
+    const long mapped = Call(__NR_mmap, Word(begin), Word(end - begin),
+                             static_cast<long>(protection), kPrivateAnonymousFixed, -1, 0);
+    if (mapped < 0 && mapped > -4096) {
+      Register(fds, begin, end);
+      return false;
+    }
   }
   if (IsTracked(begin, end)) Register(fds, begin, end);
+  return true;
+}
+
+// Given back, with no mapping to spare: zeros are written there instead, once the kernel has
+// emptied it and before its thread is back in the program.
+struct Unreplaced {
+  struct {
+    uint64_t begin, end;
+  } at[256];
+  uint32_t count;
+};
+Unreplaced unreplaced;
+
+void NoteUnreplaced(uint64_t begin, uint64_t end) {
+  for (uint32_t i = 0; i < unreplaced.count; ++i) {
+    if (unreplaced.at[i].begin == begin && unreplaced.at[i].end == end) return;
+  }
+  if (unreplaced.count == sizeof(unreplaced.at) / sizeof(unreplaced.at[0])) return;
+  unreplaced.at[unreplaced.count++] = {begin, end};
 }
 
 void GiveBack(const Descriptors& fds, uint64_t begin, uint64_t end) {
@@ -403,7 +427,9 @@ void GiveBack(const Descriptors& fds, uint64_t begin, uint64_t end) {
     const uint64_t from = vma.vma_start > at ? vma.vma_start : at;
     const uint64_t to = vma.vma_end < end ? vma.vma_end : end;
     // What nobody watches is not ours: its owner may have returned and written there by now.
-    if (IsImage(vma) && IsWatched(fds, from)) MakeZero(fds, vma, from, to);
+    if (IsImage(vma) && IsWatched(fds, from) && !MakeZero(fds, vma, from, to)) {
+      NoteUnreplaced(from, to);
+    }
     at = vma.vma_end;
   }
   NoteWritten(begin, end);
@@ -448,6 +474,41 @@ void LookAtSleeper(void* context, const SleepingCall& call) {
   }
 }
 
+// False: not all of it. Memory of the program that it may not write to is written all the same.
+bool WriteZeros(const Descriptors& fds, uint64_t begin, uint64_t end) {
+  static const char zeros[1 << 16] = {};
+  while (begin < end) {
+    const uint64_t step = end - begin < sizeof(zeros) ? end - begin : sizeof(zeros);
+    const long n = Call(__NR_pwrite64, fds.memory, Address(zeros), Word(step), Word(begin));
+    if (n <= 0) return false;
+    begin += static_cast<uint64_t>(n);
+  }
+  return true;
+}
+
+// Zeros in place of what the file has in [begin, end) of its mapping, or, where it is not known,
+// may have.
+void ZeroShown(const Descriptors& fds, const kernel::ProcmapQuery& vma, uint64_t begin,
+               uint64_t end) {
+  constexpr long kSeekData = 3, kSeekHole = 4;
+  const KnownImage* image = FindImage(DeviceOf(vma), vma.inode);
+  if (image == nullptr) return;
+  const uint64_t reach = vma.vma_end < end ? vma.vma_end : end;
+  if (image->fd < 0) {
+    WriteZeros(fds, begin, reach);
+    return;
+  }
+  const uint64_t place = vma.vma_start - vma.vma_offset;  // of the file's first byte
+  for (uint64_t at = begin; at < reach;) {
+    const long data = Call(__NR_lseek, image->fd, Word(at - place), kSeekData);
+    if (data < 0 || static_cast<uint64_t>(data) + place >= reach) return;
+    const long hole = Call(__NR_lseek, image->fd, data, kSeekHole);
+    if (hole <= data) return;
+    at = static_cast<uint64_t>(hole) + place;
+    if (!WriteZeros(fds, static_cast<uint64_t>(data) + place, at < reach ? at : reach)) return;
+  }
+}
+
 // A VMA that grew while it moved shows what follows in its file: a hole, but where it had been
 // shortened before. How much it grew only its mover knows: the VMA may be longer than that for
 // having joined its neighbours.
@@ -455,23 +516,18 @@ void ZeroGrowth(const Descriptors& fds, uint64_t old_end, uint64_t new_end) {
   kernel::ProcmapQuery vma;
   if (new_end <= old_end || !QueryVma(fds, old_end, vma) || vma.vma_start >= old_end) return;
   const KnownImage* image = FindImage(DeviceOf(vma), vma.inode);
-  if (image == nullptr || image->fd < 0) return;
-  constexpr long kSeekData = 3, kSeekHole = 4;
-  static const char zeros[1 << 16] = {};
-  const uint64_t reach = vma.vma_end < new_end ? vma.vma_end : new_end;
-  const uint64_t last = vma.vma_offset + (reach - vma.vma_start);
-  for (uint64_t at = vma.vma_offset + (old_end - vma.vma_start); at < last;) {
-    const long data = Call(__NR_lseek, image->fd, Word(at), kSeekData);
-    if (data < 0 || static_cast<uint64_t>(data) >= last) return;
-    const long hole = Call(__NR_lseek, image->fd, data, kSeekHole);
-    if (hole <= data) return;
-    const uint64_t end = static_cast<uint64_t>(hole) < last ? static_cast<uint64_t>(hole) : last;
-    for (at = static_cast<uint64_t>(data); at < end;) {
-      const uint64_t step = end - at < sizeof(zeros) ? end - at : sizeof(zeros);
-      const long n = Call(__NR_pwrite64, fds.memory, Address(zeros), Word(step),
-                          Word(vma.vma_start + (at - vma.vma_offset)));
-      if (n <= 0) return;
-      at += static_cast<uint64_t>(n);
+  if (image != nullptr && image->fd >= 0) ZeroShown(fds, vma, old_end, new_end);
+}
+
+// All threads are at rest.
+void ZeroUnreplaced(const Descriptors& fds) {
+  for (uint32_t i = 0; i < unreplaced.count; ++i) {
+    kernel::ProcmapQuery vma;
+    for (uint64_t at = unreplaced.at[i].begin; at < unreplaced.at[i].end; at = vma.vma_end) {
+      if (!QueryVma(fds, at, vma) || vma.vma_start >= unreplaced.at[i].end) break;
+      if (IsImage(vma)) {
+        ZeroShown(fds, vma, vma.vma_start > at ? vma.vma_start : at, unreplaced.at[i].end);
+      }
     }
   }
 }
@@ -488,7 +544,7 @@ void DetachLastPage(const Descriptors& fds, uint64_t end) {
   static char content[kPage];
   if (!ReadMemory(fds, static_cast<uint64_t>(Address(content)), page, kPage)) return;
   const bool tracked = IsTracked(page, end);
-  MakeZero(fds, vma, page, end);
+  if (!MakeZero(fds, vma, page, end)) return;
   Call(__NR_pwrite64, fds.memory, Address(content), static_cast<long>(kPage), Word(page));
   if (tracked) NoteWritten(page, end);
 }
@@ -538,9 +594,14 @@ void AnswerEvents(const Descriptors& fds, const Sleepers& sleepers) {
   }
 }
 
+// What cannot be done before everybody is in.
+bool HasWorkAtRest() {
+  return cuts.count > 0 || unreplaced.count > 0;
+}
+
 // After HoldReturns: everybody in, with the events of those that wait for one answered on the way;
-// a thread may have several, one after the other. What was shortened makes it wait for longer than
-// the limit.
+// a thread may have several, one after the other. What is to be done then makes it wait for longer
+// than the limit.
 WindowAttempt AwaitServing(const Descriptors& fds, int64_t limit_ns) {
   constexpr int64_t kBetweenLooks = 100'000;
   const int64_t began = raw::Now();
@@ -552,7 +613,7 @@ WindowAttempt AwaitServing(const Descriptors& fds, int64_t limit_ns) {
       VisitUntilSettled(fds.tasks, LookAtSleeper, &sleepers, kSettleLimit);
       AnswerEvents(fds, sleepers);
     }
-    const int64_t limit = cuts.count > 0 && limit_ns < kDetachLimit ? kDetachLimit : limit_ns;
+    const int64_t limit = HasWorkAtRest() && limit_ns < kDetachLimit ? kDetachLimit : limit_ns;
     const int64_t left = began + limit - raw::Now();
     attempt = AwaitEverybody(fds.tasks, left < kBetweenLooks ? left : kBetweenLooks);
     if (attempt.error < 0 || attempt.open || left <= 0) break;
@@ -560,7 +621,8 @@ WindowAttempt AwaitServing(const Descriptors& fds, int64_t limit_ns) {
   for (uint32_t i = 0; attempt.open && i < cuts.count; ++i) {
     if (IsShortened(fds, cuts.at[i])) DetachLastPage(fds, cuts.at[i]);
   }
-  cuts.count = 0;
+  if (attempt.open) ZeroUnreplaced(fds);
+  cuts.count = unreplaced.count = 0;
   return attempt;
 }
 
@@ -583,11 +645,13 @@ void ServeEventsLocked(const Descriptors& fds) {
   // is sent a signal, and nobody returns from the kernel until all are answered.
   const bool alone = CountThreads(fds.tasks) == 1;
   if (alone) ForEachSleeping(fds.tasks, LookAtSleeper, &sleepers);
-  if (alone && sleepers.giving_back == 1) return AnswerEvents(fds, sleepers);
+  if (alone && sleepers.giving_back == 1 && unreplaced.count == 0) {
+    return AnswerEvents(fds, sleepers);
+  }
   HoldReturns(fds.tasks);
   VisitUntilSettled(fds.tasks, LookAtSleeper, &sleepers, kSettleLimit);
   AnswerEvents(fds, sleepers);
-  if (cuts.count > 0) AwaitServing(fds, kDetachLimit);
+  if (HasWorkAtRest()) AwaitServing(fds, kDetachLimit);
   CloseWindow();
 }
 

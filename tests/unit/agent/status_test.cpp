@@ -9,11 +9,14 @@
 
 #include <cerrno>
 #include <csignal>
+#include <optional>
 
 #include "agent/page_image.h"
 #include "agent/progress_file.h"
 #include "agent_fixture.h"
+#include "limited_group.h"
 #include "os/file.h"
+#include "os/own_memory.h"
 #include "os/process_control.h"
 
 namespace unmoor::testing_agent {
@@ -169,21 +172,23 @@ TEST_F(StatusTest, ATracedProcessGivesAClearErrorAndIsUnhurt) {
   ExpectGoodEnd(pid);
 }
 
-// Buffers of asynchronous I/O must not move: the agent says so, stays, and goes on when it can.
-class PinnedTest : public StatusTest {
+// What keeps a remap from going on: the agent says so, stays, and goes on when it can.
+class ObstacleTest : public StatusTest {
  protected:
-  void Run(const std::function<bool()>& open, const std::function<void()>& close,
-           const char* name) {
-    const PageImage image = MakePageImage(directory_, 1024);
+  // `begin` and `end` it, in the subject; the agent calls it `name`.
+  void Run(const std::function<bool()>& begin, const std::function<void()>& end,
+           const std::string& name, uint64_t pages = 1024) {
+    const PageImage image = MakePageImage(directory_, pages);
     const Pid pid = StartSubject([&] {
       Memory memory(image, *signals_);
-      if (!open()) {
+      if (!begin()) {
         signals_->child = 1;
         ::_exit(0);
       }
       signals_->ready = 1;
       AwaitGo(1);
-      close();
+      memory.CheckAll("meanwhile");
+      end();
       signals_->ready = 2;
       AwaitGo(2);
       memory.CheckAll("at the end");
@@ -210,7 +215,8 @@ class PinnedTest : public StatusTest {
   }
 };
 
-TEST_F(PinnedTest, IoUring) {
+// Buffers of asynchronous I/O must not move.
+TEST_F(ObstacleTest, IoUring) {
   static int ring = -1;
   Run(
       [] {
@@ -221,10 +227,79 @@ TEST_F(PinnedTest, IoUring) {
       [] { ::close(ring); }, "io_uring");
 }
 
-TEST_F(PinnedTest, LinuxAio) {
+TEST_F(ObstacleTest, LinuxAio) {
   static aio_context_t context = 0;
   Run([] { return ::syscall(SYS_io_setup, 4, &context) == 0; },
       [] { ::syscall(SYS_io_destroy, context); }, "Linux AIO");
+}
+
+// The kernel would kill the program: direct-mapped pages can be dropped, anonymous ones cannot.
+TEST_F(ObstacleTest, TheMemoryLimitOfTheProgramsControlGroup) {
+  const LimitedGroup group(uint64_t{96} << 20);
+  if (!group.made()) GTEST_SKIP() << "cannot make a control group that limits memory";
+  Run([&] { return group.Enter(); },
+      [&] {
+        if (!group.SetLimit(uint64_t{512} << 20)) signals_->Fail("cannot raise the limit");
+      },
+      group.directory(), 40960);
+}
+
+// As many mappings as the process may have, but for some; gone with this.
+class ManyMappings {
+ public:
+  explicit ManyMappings(size_t spare) {
+    pages_ = static_cast<char*>(
+        ::mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    Use(MaxMapCount() - spare - ReadMaps(OwnPid())->size());
+  }
+  ManyMappings(const ManyMappings&) = delete;
+  ManyMappings& operator=(const ManyMappings&) = delete;
+  ~ManyMappings() { ::munmap(pages_, size_); }
+
+  // Two are made at a time. False: there are no more.
+  bool Use(size_t count) {
+    for (; count > 1; count -= 2, next_ += 2 * kPageSize) {
+      if (::mprotect(pages_ + next_, kPageSize, PROT_READ) != 0) return false;
+    }
+    return true;
+  }
+
+ private:
+  const size_t size_ = 2 * MaxMapCount() * kPageSize;
+  char* pages_ = nullptr;
+  size_t next_ = kPageSize;
+};
+
+TEST_F(ObstacleTest, NoMappingsToSpare) {
+  std::optional<ManyMappings> many;
+  Run([&] { return many.emplace(50).Use(0); }, [&] { many.reset(); }, "vm.max_map_count");
+}
+
+TEST_F(ObstacleTest, GivenBackWithoutAMappingToSpareReadsZero) {
+  const PageImage image = MakePageImage(directory_, 1024);
+  const Pid pid = StartSubject([&] {
+    Memory memory(image, *signals_);
+    std::optional<ManyMappings> many(std::in_place, 50);
+    signals_->ready = 1;
+    AwaitGo(1);
+    if (many->Use(100)) signals_->Fail("there are mappings to spare");
+    memory.GiveBack(100, 8, MADV_DONTNEED);
+    memory.CheckAll("after giving back");
+    many.reset();
+    signals_->ready = 2;
+    AwaitGo(2);
+    memory.CheckAll("at the end");
+  });
+  AwaitReady(1);
+  const auto report = RemapProcess(pid, {}, {});
+  ASSERT_FALSE(report);
+  signals_->go = 1;
+  AwaitReady(2);
+  const auto again = RemapProcess(pid, {}, {});
+  EXPECT_TRUE(again) << again.error().message();
+  ExpectReady(pid);
+  signals_->go = 2;
+  ExpectGoodEnd(pid);
 }
 
 }  // namespace

@@ -120,6 +120,87 @@ const char* CApiVersions(const char* dir) {
   return NULL;
 }
 
+#define REFUSED(call) CHECK((call) == UNMOOR_INVALID_ARGUMENT && g_message[0] != 0)
+
+static const char* MapAndTrackMistakes(const unmoor_image* image, const unmoor_map* map,
+                                       unmoor_memory memory) {
+  unmoor_map* other = NULL;
+  unmoor_tracker* tracker = NULL;
+  const unmoor_memory unaligned = {(char*)memory.begin + 8, memory.length};
+  const unmoor_memory overlapping[2] = {memory, memory};
+  REFUSED(unmoor_map_create(NULL, 0, &other, &g_error));
+  REFUSED(unmoor_map_create(image, 0, NULL, &g_error));
+  CHECK(unmoor_map_create(image, 64, &other, &g_error) == UNMOOR_UNSUPPORTED);
+  CHECK(unmoor_map_find(map, 1) == NULL);
+  REFUSED(unmoor_tracker_start(&memory, 1, NULL, &g_error));
+  REFUSED(unmoor_tracker_start(NULL, 1, &tracker, &g_error));
+  REFUSED(unmoor_tracker_start(&unaligned, 1, &tracker, &g_error));
+  REFUSED(unmoor_tracker_start(overlapping, 2, &tracker, &g_error));
+  REFUSED(unmoor_tracker_changed(NULL, NULL, NULL, &g_error));
+  REFUSED(unmoor_tracker_reset(NULL, NULL, NULL, &g_error));
+  return other == NULL && tracker == NULL ? NULL : "an object of a call that failed";
+}
+
+static const char* RemapMistakes(const unmoor_map* map, unmoor_memory memory) {
+  unmoor_remapper* remapper = NULL;
+  unmoor_remap_options options = UNMOOR_REMAP_OPTIONS_INIT;
+  unmoor_remap_range ranges[2] = {{memory, 0}, {memory, 0}};
+  REFUSED(unmoor_remapper_start(NULL, NULL, &remapper, &g_error));
+  REFUSED(unmoor_remapper_start(map, NULL, NULL, &g_error));
+  REFUSED(unmoor_remapper_start_ranges(map, NULL, 1, NULL, &remapper, &g_error));
+  REFUSED(unmoor_remapper_start_ranges(map, ranges, 2, NULL, &remapper, &g_error));
+  ranges[0].memory.length += 8;
+  REFUSED(unmoor_remapper_start_ranges(NULL, ranges, 1, NULL, &remapper, &g_error));
+  options.threads = -1;
+  REFUSED(unmoor_remapper_start(map, &options, &remapper, &g_error));
+  options.threads = 0;
+  options.cpu_share = 2.0;
+  REFUSED(unmoor_remapper_start(map, &options, &remapper, &g_error));
+  options.cpu_share = 0;
+  options.guard = 7;
+  REFUSED(unmoor_remapper_start(map, &options, &remapper, &g_error));
+  options.guard = 0;
+  options.order = 7;
+  REFUSED(unmoor_remapper_start(map, &options, &remapper, &g_error));
+  options.order = 0;
+  options.flags = 1u << 20;
+  CHECK(unmoor_remapper_start(map, &options, &remapper, &g_error) == UNMOOR_UNSUPPORTED);
+  options.size = 0;
+  REFUSED(unmoor_remapper_start(map, &options, &remapper, &g_error));
+  REFUSED(unmoor_remapper_progress(NULL, NULL, &g_error));
+  REFUSED(unmoor_remapper_wait(NULL, 0, &g_error));
+  REFUSED(unmoor_query_status(NULL, &g_error));
+  unmoor_remapper_destroy(NULL);
+  unmoor_tracker_destroy(NULL);
+  return remapper == NULL ? NULL : "an object of a call that failed";
+}
+
+/* Every other entry with what it must not be given. `dir` gets an image. */
+const char* CApiBadInput(const char* dir) {
+  unmoor_image* image = NULL;
+  unmoor_map* map = NULL;
+  unmoor_mapped_range mapped = UNMOOR_MAPPED_RANGE_INIT;
+  char* heap =
+      mmap(NULL, kPages * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  CHECK(heap != MAP_FAILED);
+  const unmoor_memory memory = {heap, kPages * kPage};
+  heap[0] = 1;
+  REFUSED(unmoor_checkpoint(NULL, 1, dir, NULL, NULL, &g_error));
+  REFUSED(unmoor_checkpoint(&memory, 1, NULL, NULL, NULL, &g_error));
+  REFUSED(unmoor_image_open(NULL, 0, &image, &g_error));
+  REFUSED(unmoor_image_verify(NULL, &g_error));
+  OK(unmoor_checkpoint(&memory, 1, dir, NULL, NULL, &g_error));
+  OK(unmoor_image_open(dir, 0, &image, &g_error));
+  OK(unmoor_map_create(image, UNMOOR_MAP_ANYWHERE, &map, &g_error));
+  OK(unmoor_map_range_at(map, 0, &mapped, &g_error));
+  const char* problem = MapAndTrackMistakes(image, map, mapped.memory);
+  if (problem == NULL) problem = RemapMistakes(map, mapped.memory);
+  unmoor_map_destroy(map);
+  unmoor_image_close(image);
+  munmap(heap, kPages * kPage);
+  return problem;
+}
+
 const char* CApiMistakes(const char* dir) {
   unmoor_writer* writer = NULL;
   CHECK(unmoor_writer_create(NULL, 0, &writer, &g_error) == UNMOOR_INVALID_ARGUMENT);

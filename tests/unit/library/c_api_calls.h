@@ -6,6 +6,7 @@ extern "C" {
 #endif
 const char* CApiRoundTrip(const char* first, const char* second);
 const char* CApiVersions(const char* dir);
+const char* CApiBadInput(const char* dir);
 const char* CApiMistakes(const char* dir);
 #ifdef __cplusplus
 }

@@ -19,6 +19,11 @@ TEST(CApi, CallersOfEarlierAndLaterVersionsAreUnderstood) {
   EXPECT_EQ(Problem(CApiVersions((dir / "1").c_str())), "");
 }
 
+TEST(CApi, BadInputIsRefusedWithAReason) {
+  const TemporaryDirectory dir;
+  EXPECT_EQ(Problem(CApiBadInput((dir / "1").c_str())), "");
+}
+
 TEST(CApi, MistakesAreCodes) {
   const TemporaryDirectory dir;
   EXPECT_EQ(Problem(CApiMistakes((dir / "1").c_str())), "");
