@@ -171,19 +171,49 @@ SwapResult InterleavedCarrier::SwapFrozen(std::span<const Piece> pieces) {
 }
 
 SwapResult InterleavedCarrier::SwapGuarded(std::span<const Piece> pieces) {
+  if (!machine_.everybody_passed() && !LetEverybodyPass()) return SwapResult::kBusy;
+  std::vector<Piece> unguardable;
   for (const Piece& piece : pieces) {
-    if (Has(Mutation::kRecheckBeforeAllStopped)) Recheck(piece);
-    machine_.Step("guards a piece");
-    ForEachPage(piece.range, [&](int page) { machine_.Guard(page); });
-    if (!Has(Mutation::kRecheckBeforeAllStopped)) Recheck(piece);
-    if (Has(Mutation::kUnguardBeforeSwap)) {
-      machine_.Step("unguards");
-      ForEachPage(piece.range, [&](int page) { machine_.Unguard(page); });
-    }
-    SwapPiece(piece);
+    if (!SwapUnderGuard(piece)) unguardable.push_back(piece);
+  }
+  return unguardable.empty() ? SwapResult::kSwapped : SwapFrozen(unguardable);
+}
+
+// A fork under way has copied the handlers already. It is over once its thread has been stopped.
+bool InterleavedCarrier::LetEverybodyPass() {
+  machine_.Step("installs the fault handler");
+  machine_.InstallHandler();
+  if (!Has(Mutation::kForksIgnored)) {
+    machine_.OpenWindow();
+    const bool stopped = StopAllThreads();
+    machine_.CloseWindow();
+    if (!stopped) return false;
+  }
+  machine_.EverybodyPassed();
+  return true;
+}
+
+// False: a thread with SIGSEGV blocked may write there.
+bool InterleavedCarrier::SwapUnderGuard(const Piece& piece) {
+  if (Has(Mutation::kRecheckBeforeAllStopped)) Recheck(piece);
+  machine_.Step("raises the guard");
+  machine_.RaiseGuard();
+  if (!Has(Mutation::kBlockersIgnored) &&
+      !machine_.WaitUntil([&] { return !machine_.SomebodyBlocksFaults(); })) {
+    machine_.LowerGuard();
+    return false;
+  }
+  machine_.Step("guards a piece");
+  ForEachPage(piece.range, [&](int page) { machine_.Guard(page); });
+  if (!Has(Mutation::kRecheckBeforeAllStopped)) Recheck(piece);
+  if (Has(Mutation::kUnguardBeforeSwap)) {
+    machine_.Step("unguards");
     ForEachPage(piece.range, [&](int page) { machine_.Unguard(page); });
   }
-  return SwapResult::kSwapped;
+  SwapPiece(piece);
+  ForEachPage(piece.range, [&](int page) { machine_.Unguard(page); });
+  machine_.LowerGuard();
+  return true;
 }
 
 void InterleavedCarrier::Recheck(const Piece& piece) {

@@ -31,6 +31,8 @@ class InterleavedCarrier final : public Carrier {
   bool StopAllThreads();
   SwapResult SwapFrozen(std::span<const Piece> pieces);
   SwapResult SwapGuarded(std::span<const Piece> pieces);
+  bool LetEverybodyPass();
+  bool SwapUnderGuard(const Piece& piece);
   void Recheck(const Piece& piece);
   void SwapPiece(const Piece& piece);
 

@@ -121,6 +121,13 @@ bool Machine::AllStopped() const {
   });
 }
 
+bool Machine::SomebodyBlocksFaults() const {
+  return std::ranges::any_of(threads_, [](const Thread& thread) {
+    return thread.state == State::kFaulted || thread.state == State::kFaultedOwn ||
+           thread.state == State::kInOwnHandler;
+  });
+}
+
 void Machine::Unguard(int number) {
   page(number).guarded = false;
   for (Thread& thread : threads_) {
@@ -211,7 +218,11 @@ int Machine::Alternatives(const Thread& thread) const {
       return waits ? 0 : 1;
     }
     case State::kFaulted:
+    case State::kFaultedOwn:
+    case State::kInOwnHandler:
       return 1;
+    case State::kWaitsForNoGuard:
+      return raised_ ? 0 : 1;
     case State::kWaitsForPage:
       return (careless ? thread.woken : !pages_[static_cast<size_t>(OpOf(thread).page)].guarded)
                  ? 1
@@ -243,6 +254,22 @@ void Machine::Move(size_t index, int alternative) {
       thread.woken = false;
       thread.state =
           careless || page(OpOf(thread).page).guarded ? State::kWaitsForPage : State::kRunning;
+      return;
+    case State::kFaultedOwn: {
+      Note("thread", "looks for a guard", id);
+      const bool waits = raised_ && scenario_.mutation != Mutation::kHandlersBeginUnderGuard;
+      thread.state = waits ? State::kWaitsForNoGuard : State::kInOwnHandler;
+      return;
+    }
+    case State::kInOwnHandler:
+      Note("thread", "writes in its own handler", id, OpOf(thread).page);
+      if (page(OpOf(thread).page).guarded) Fail("killed: a fault with SIGSEGV blocked");
+      StoreByProgram(index, OpOf(thread).page);
+      thread.state = State::kRunning;
+      return Finish(thread);
+    case State::kWaitsForNoGuard:
+      Note("thread", "looks again", id);
+      thread.state = State::kFaultedOwn;
       return;
     case State::kWaitsForPage:
     case State::kStopped:
@@ -295,9 +322,14 @@ void Machine::BeginOp(size_t index) {
       if (!thread.event_read) events_.push_back(id);
       return;
     case Kind::kFork:
-      Note("thread", "forks", id);
-      Fork();
-      return Finish(thread);
+      Note("thread", "enters fork", id);
+      thread.state = State::kInCall;
+      thread.forks_with_handler = handler_installed_;
+      return;
+    case Kind::kHandlerWrite:
+      Note("thread", "faults by itself", id);
+      thread.state = State::kFaultedOwn;
+      return;
     case Kind::kSpawn:
       Note("thread", "lets the last thread begin", id);
       threads_.back().state = State::kRunning;
@@ -319,6 +351,9 @@ void Machine::EndCall(size_t index) {
     Note("thread", "writes inside its call", id, op.page);
     if (page(op.page).guarded) Fail("EFAULT: a system call may not write to a guarded page");
     StoreByProgram(index, op.page);
+  } else if (op.kind == Kind::kFork) {
+    Note("thread", "has forked", id);
+    EndFork(thread);
   } else {
     Note("device", "writes for thread", id, op.page);
     expected_[static_cast<size_t>(op.page)] = ValueOf(thread);
@@ -336,11 +371,14 @@ void Machine::StoreByProgram(size_t index, int number) {
 }
 
 // The child has the pages as they are at this moment, and no remapper.
-void Machine::Fork() {
+void Machine::EndFork(const Thread& thread) {
   Compare();
   const bool guarded = std::ranges::any_of(pages_, [](const Page& page) { return page.guarded; });
   if (guarded && scenario_.mutation == Mutation::kChildKeepsGuard) {
     Fail("a forked child can never write to a page again");
+  }
+  if (guarded && !thread.forks_with_handler) {
+    Fail("a forked child has a guard and no handler for it");
   }
 }
 
@@ -392,11 +430,12 @@ uint64_t Machine::StateHash() const {
              : t.signal == window_ ? 1
                                    : 2,
              t.state == State::kStopped && t.stopped_in == window_, t.event_read, t.pin_lost,
-             t.woken);
+             t.woken, t.forks_with_handler);
     hash.Mix(t.stopped_in == window_ && window_ != 0);
   }
   for (const int event : events_) hash.Mix(event);
   hash.Mix(events_.size(), window_ != 0, give_ups_left_, too_dirty_left_, may_kill_);
+  hash.Mix(handler_installed_, everybody_passed_, raised_);
   return hash.value();
 }
 

@@ -4,7 +4,9 @@
 //   thread   running ─ write, fork, spawn …
 //                │ ├─ enters a system call ─ (waits for its event to be read) ─ effect, returns
 //                │ ├─ writes to a guarded page ─ fault handler ─ waits ─ tries again
-//                └─── signal ─ freeze handler: acknowledged ─ waits until the window has another
+//                │ ├─ faults by itself ─ fault handler ─ (waits for no guard) ─ the program's
+//                handler └─── signal ─ freeze handler: acknowledged ─ waits until the window has
+//                another
 //                     number
 //   page     of the image → the process's own (written) → swapped: anonymous
 //
@@ -31,8 +33,9 @@ struct Op {
     kCallWrite,    // read(2) from a pipe: the kernel stores, EFAULT where it may not
     kPinnedWrite,  // a synchronous O_DIRECT read: pinned first, a device stores past the page table
     kGiveBack,     // MADV_DONTNEED
-    kFork,
-    kSpawn,  // lets the scenario's last thread, unborn until then, begin
+    kFork,         // copies the handlers first, the memory last
+    kHandlerWrite,  // a fault of its own, and a store in the program's handler, SIGSEGV blocked
+    kSpawn,         // lets the scenario's last thread, unborn until then, begin
   } kind = Kind::kWrite;
   int page = 0;
 };
@@ -43,12 +46,15 @@ enum class Mutation {
   kNoRecheck,
   kRecheckBeforeAllStopped,
   kUnguardBeforeSwap,
-  kGivingBackNotAnswered,  // its event is read, nothing else is done
-  kThreadsListedOnce,      // one born meanwhile is overlooked
-  kThreadsInCallsIgnored,  // a thread inside a system call counts as stopped
-  kOwnPagesNotCompared,    // the recheck relies on write protection alone
-  kSleepsWithoutLooking,   // a handler waits for a wake-up without comparing first
-  kChildKeepsGuard,        // nobody lifts the guard that a forked child inherited
+  kGivingBackNotAnswered,    // its event is read, nothing else is done
+  kThreadsListedOnce,        // one born meanwhile is overlooked
+  kThreadsInCallsIgnored,    // a thread inside a system call counts as stopped
+  kOwnPagesNotCompared,      // the recheck relies on write protection alone
+  kSleepsWithoutLooking,     // a handler waits for a wake-up without comparing first
+  kChildKeepsGuard,          // nobody lifts the guard that a forked child inherited
+  kBlockersIgnored,          // a guard is put up although a thread has SIGSEGV blocked
+  kHandlersBeginUnderGuard,  // a handler of the program's does not wait for the end of a guard
+  kForksIgnored,             // the first guard does not wait for forks begun without its handler
 };
 
 struct Scenario {
@@ -99,6 +105,15 @@ class Machine {
   void CloseWindow();
   bool SignalNewThreads();  // whether there were any
   [[nodiscard]] bool AllStopped() const;
+  // Whether all threads have been stopped since the fault handler was installed.
+  [[nodiscard]] bool everybody_passed() const { return everybody_passed_; }
+  void InstallHandler() { handler_installed_ = true; }
+  void EverybodyPassed() { everybody_passed_ = true; }
+  // Nothing is read-only before Guard().
+  void RaiseGuard() { raised_ = true; }
+  void LowerGuard() { raised_ = false; }
+  // Whether some thread has SIGSEGV blocked and does not wait for the end of the guard.
+  [[nodiscard]] bool SomebodyBlocksFaults() const;
   void Guard(int page) { pages_[static_cast<size_t>(page)].guarded = true; }
   void Unguard(int page);
   void Replace(int page, bool present, uint8_t value);  // mremap of an anonymous page over it
@@ -125,9 +140,12 @@ class Machine {
     kUnborn,
     kRunning,
     kInCall,
-    kFaulted,       // in the fault handler, about to look at the guard
-    kWaitsForPage,  // asleep in it
-    kStopped,       // asleep in the freeze handler: acknowledged
+    kFaulted,          // in the fault handler, about to look at the guard
+    kWaitsForPage,     // asleep in it
+    kFaultedOwn,       // in the fault handler for a fault of its own, about to look at the guard
+    kWaitsForNoGuard,  // asleep in it
+    kInOwnHandler,
+    kStopped,  // asleep in the freeze handler: acknowledged
     kDone,
   };
   struct Thread {
@@ -137,6 +155,7 @@ class Machine {
     int stopped_in = 0;  // window
     bool event_read = false;
     bool pin_lost = false;
+    bool forks_with_handler = false;
     bool woken = false;
   };
   struct Entry {
@@ -154,7 +173,7 @@ class Machine {
   void BeginOp(size_t thread);
   void EndCall(size_t thread);
   void StoreByProgram(size_t thread, int page);
-  void Fork();
+  void EndFork(const Thread& thread);
   void Finish(Thread& thread);
   [[nodiscard]] const Op& OpOf(const Thread& thread) const;
   [[nodiscard]] uint8_t ValueOf(const Thread& thread) const;
@@ -175,6 +194,9 @@ class Machine {
   int give_ups_left_;
   int too_dirty_left_;
   bool may_kill_;
+  bool handler_installed_ = false;
+  bool everybody_passed_ = false;
+  bool raised_ = false;
   Hash observed_;
   std::vector<Entry> trace_;
 };

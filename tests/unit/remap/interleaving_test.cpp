@@ -72,6 +72,23 @@ Scenario WritersUnderFaultGuard() {
   return scenario;
 }
 
+Scenario HandlerThatWrites() {
+  Scenario scenario;
+  scenario.image = {5, 7};
+  scenario.fault_guard = true;
+  scenario.threads = {{{Kind::kHandlerWrite, 0}, {Kind::kWrite, 1}, {Kind::kHandlerWrite, 1}},
+                      {{Kind::kWrite, 0}}};
+  return scenario;
+}
+
+Scenario ForkerUnderFaultGuard() {
+  Scenario scenario;
+  scenario.image = {5, 7};
+  scenario.fault_guard = true;
+  scenario.threads = {{{Kind::kFork, 0}, {Kind::kWrite, 0}}, {{Kind::kWrite, 1}}};
+  return scenario;
+}
+
 Scenario WriterThatGivesBack() {
   Scenario scenario;
   scenario.image = {5, 7};
@@ -117,6 +134,16 @@ TEST(Interleavings, OfTwoWritersAndAForkerUnderTheFaultGuardNoneLosesAWrite) {
   const Found found = Explore(WritersUnderFaultGuard());
   EXPECT_EQ(found.violation, "");
   EXPECT_GT(found.states, 1000U);
+}
+
+TEST(Interleavings, OfHandlersOfTheProgramsNoneMeetsAGuardOrLosesAWrite) {
+  const Found found = Explore(HandlerThatWrites());
+  EXPECT_EQ(found.violation, "");
+  EXPECT_GT(found.states, 1000U);
+}
+
+TEST(Interleavings, OfForksNoneCopiesAGuardWithoutItsHandler) {
+  EXPECT_EQ(Explore(ForkerUnderFaultGuard()).violation, "");
 }
 
 TEST(Interleavings, OfGivingBackAndWritingNoneBringsOldBytesBack) {
@@ -198,6 +225,18 @@ TEST(InterleavingsFind, AHandlerThatSleepsWithoutLooking) {
 
 TEST(InterleavingsFind, AForkedChildThatKeepsTheGuard) {
   ExpectFound(WritersUnderFaultGuard(), Mutation::kChildKeepsGuard, "child");
+}
+
+TEST(InterleavingsFind, AGuardPutUpWhileAHandlerOfTheProgramsRuns) {
+  ExpectFound(HandlerThatWrites(), Mutation::kBlockersIgnored, "killed");
+}
+
+TEST(InterleavingsFind, AHandlerOfTheProgramsThatBeginsUnderAGuard) {
+  ExpectFound(HandlerThatWrites(), Mutation::kHandlersBeginUnderGuard, "killed");
+}
+
+TEST(InterleavingsFind, AForkThatBeganBeforeTheHandlerWasInstalled) {
+  ExpectFound(ForkerUnderFaultGuard(), Mutation::kForksIgnored, "no handler");
 }
 
 TEST(InterleavingsFind, ASystemCallIntoAPageUnderTheFaultGuard) {
