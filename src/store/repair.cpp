@@ -4,12 +4,14 @@
 #include <fcntl.h>
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "base/fault_point.h"
 #include "base/log.h"
 #include "base/zero.h"
 #include "image/layout.h"
+#include "image/packed_layer.h"
 #include "os/file.h"
 
 namespace unmoor {
@@ -26,15 +28,24 @@ class PendingFile {
   ~PendingFile() {
     if (!path_.empty()) (void)RemoveFile(path_);
   }
-  [[nodiscard]] Result<> Create() {
+  // For a file that somebody else creates.
+  [[nodiscard]] Result<> Name() {
     UNMOOR_ASSIGN(const std::string id, NewId());
-    const std::string path = place_ + std::string(kInfix) + id.substr(0, 6);
-    UNMOOR_ASSIGN(fd_, OpenFile(path, O_RDWR | O_CREAT | O_EXCL, 0600));
-    path_ = path;
+    path_ = place_ + std::string(kInfix) + id.substr(0, 6);
+    return {};
+  }
+  [[nodiscard]] Result<> Create() {
+    UNMOOR_TRY(Name());
+    auto fd = OpenFile(path_, O_RDWR | O_CREAT | O_EXCL, 0600);
+    if (!fd) {
+      path_.clear();
+      return Failure(std::move(fd).error());
+    }
+    fd_ = std::move(*fd);
     return {};
   }
   [[nodiscard]] Result<> MoveIntoPlace() {
-    UNMOOR_TRY(SyncFd(fd_.get(), path_));
+    UNMOOR_TRY(SyncPath(path_));
     UNMOOR_TRY(FaultPoint("repair.before_rename"));
     UNMOOR_TRY(Rename(path_, place_));
     path_.clear();
@@ -49,6 +60,74 @@ class PendingFile {
   Fd fd_;
 };
 
+// What of a layer's pages is sound, whichever form it has.
+class BlockSource {
+ public:
+  BlockSource(const std::string& directory, const std::string& id, const LayerIndex& index)
+      : path_(LayerPagesPath(directory, id)) {
+    if (!IsPackedLayer(directory, id)) {
+      pages_ = OpenFile(path_, O_RDONLY).value_or(Fd());
+      return;
+    }
+    path_ = LayerPackedPath(directory, id);
+    auto file = OpenFile(path_, O_RDONLY);
+    auto packed = file ? PackedReader::Open(std::move(*file), path_, index)
+                       : Result<PackedReader>(Failure(file.error()));
+    if (packed) packed_.emplace(std::move(*packed));
+    piece_.resize(packed_format::kPieceSize);
+  }
+
+  // Fills `block`. False: it is not there, or is not what `hash` says.
+  [[nodiscard]] bool Read(FileOffset at, uint64_t hash, std::span<std::byte> block) {
+    if (packed_) {
+      const uint64_t piece = at.value / packed_format::kPieceSize;
+      if (piece_number_ != piece) sound_ = Expand(piece);
+      piece_number_ = piece;
+      std::copy_n(piece_.begin() + static_cast<ptrdiff_t>(at.value % packed_format::kPieceSize),
+                  block.size(), block.begin());
+      return sound_ && index_format::Checksum(block) == hash;
+    }
+    return pages_.valid() && ReadExactlyAt(pages_.get(), block, at, path_) &&
+           index_format::Checksum(block) == hash;
+  }
+
+  [[nodiscard]] const std::string& path() const { return path_; }
+  [[nodiscard]] Compression compression() const {
+    return packed_ ? packed_->compression() : Compression();
+  }
+
+ private:
+  // The 2 MiB of pages that a frame stands for, into piece_.
+  [[nodiscard]] bool Expand(uint64_t piece) {
+    const packed_format::FramePlan& plan = packed_->plan();
+    const auto frame =
+        std::ranges::lower_bound(plan.frames, piece, {}, &packed_format::Frame::piece);
+    if (frame == plan.frames.end() || frame->piece != piece) return false;
+    const auto number = static_cast<size_t>(frame - plan.frames.begin());
+    std::vector<std::byte> content(frame->content);
+    const auto stored = packed_->ReadStored(number, stored_);
+    if (!stored || !packed_->Expand(number, *stored, decompressor_, content)) return false;
+    std::ranges::fill(piece_, std::byte{0});
+    auto bytes = content.begin();
+    for (size_t i = frame->first_run; i < frame->first_run + frame->run_count; ++i) {
+      const FileRange& run = plan.runs[i];
+      const uint64_t place = run.begin.value % packed_format::kPieceSize;
+      std::copy_n(bytes, run.size().value, piece_.begin() + static_cast<ptrdiff_t>(place));
+      bytes += static_cast<ptrdiff_t>(run.size().value);
+    }
+    return true;
+  }
+
+  std::string path_;
+  Fd pages_;
+  std::optional<PackedReader> packed_;
+  std::vector<std::byte> piece_;
+  std::optional<uint64_t> piece_number_;
+  bool sound_ = false;
+  std::vector<std::byte> stored_;
+  Decompressor decompressor_;
+};
+
 // What a repair that was killed left in DIR/layers.
 void RemoveLeftovers(const std::string& layers) {
   const auto names = ListDirectory(layers);
@@ -60,24 +139,17 @@ void RemoveLeftovers(const std::string& layers) {
   }
 }
 
-bool Matches(const Fd& fd, const std::string& path, FileOffset at, uint64_t hash,
-             std::span<std::byte> block) {
-  return fd.valid() && ReadExactlyAt(fd.get(), block, at, path) &&
-         index_format::Checksum(block) == hash;
-}
-
-Result<> WriteMendedPages(const LayerIndex& index, const std::string& ours,
-                          const std::string& theirs, const PendingFile& mended) {
-  Fd own = OpenFile(ours, O_RDONLY).value_or(Fd());
-  Fd other = OpenFile(theirs, O_RDONLY).value_or(Fd());
+Result<> WriteMendedPages(const LayerIndex& index, BlockSource& ours, BlockSource& theirs,
+                          const PendingFile& mended) {
   UNMOOR_TRY(Truncate(mended.fd(), Bytes(index.header.pages_size), mended.path()));
   std::vector<std::byte> block(kBlockSize);
   for (size_t i = 0; i < index.blocks.size(); ++i) {
     const FileOffset at(index.blocks[i] * kBlockSize);
-    if (!Matches(own, ours, at, index.hashes[i], block) &&
-        !Matches(other, theirs, at, index.hashes[i], block)) {
-      return UserError("{} cannot be repaired: the 64 KiB at offset {} are damaged in {} too", ours,
-                       at.value, theirs);
+    if (!ours.Read(at, index.hashes[i], block) && !theirs.Read(at, index.hashes[i], block)) {
+      return UserError(
+          "{} cannot be repaired: the 64 KiB of pages at offset {} are damaged in {} "
+          "too",
+          ours.path(), at.value, theirs.path());
     }
     for (size_t page = 0; page < kBlockSize; page += kPageSize) {
       const auto bytes = std::span<const std::byte>(block).subspan(page, kPageSize);
@@ -88,7 +160,26 @@ Result<> WriteMendedPages(const LayerIndex& index, const std::string& ours,
   return {};
 }
 
-Result<> MendIndex(const std::string& ours, const std::string& theirs) {
+Result<> MendPages(const std::string& directory, const std::string& from, const std::string& id,
+                   const LayerIndex& index) {
+  BlockSource ours(directory, id, index);
+  BlockSource theirs(from, id, index);
+  PendingFile pages(LayerPagesPath(directory, id));
+  UNMOOR_TRY(pages.Create());
+  UNMOOR_TRY(WriteMendedPages(index, ours, theirs, pages));
+  if (!IsPackedLayer(directory, id)) return pages.MoveIntoPlace();
+  PendingFile packed(LayerPackedPath(directory, id));
+  UNMOOR_TRY(packed.Name());
+  const auto size =
+      PackLayer(pages.path(), LayerIndexPath(directory, id), packed.path(), ours.compression(), {});
+  if (!size) return Failure(size.error());
+  return packed.MoveIntoPlace();
+}
+
+Result<> MendIndex(const std::string& ours, const std::string& theirs, const ManifestLayer& entry) {
+  if (const auto found = ReadLayerIndex(theirs, &entry); !found) {
+    return Failure(found.error().WithContext(fmt::format("{} cannot be repaired", ours)));
+  }
   PendingFile mended(ours);
   UNMOOR_TRY(mended.Create());
   UNMOOR_ASSIGN(const std::string bytes, ReadFile(theirs, Bytes(uint64_t{8} << 30)));
@@ -97,38 +188,32 @@ Result<> MendIndex(const std::string& ours, const std::string& theirs) {
   return mended.MoveIntoPlace();
 }
 
+bool HoldsLayer(const std::string& directory, const std::string& id) {
+  return Exists(LayerPagesPath(directory, id)) || Exists(LayerPackedPath(directory, id)) ||
+         Exists(LayerIndexPath(directory, id));
+}
+
 }  // namespace
 
 Result<LayerVerdict> RepairLayer(const std::string& directory, const std::string& from,
                                  const ManifestLayer& entry, const LayerVerdict& verdict) {
   const std::string layers = LayersDirectory(directory);
   RemoveLeftovers(layers);
-  const std::string ours = LayerPagesPath(directory, entry.id);
-  const std::string theirs = LayerPagesPath(from, entry.id);
-  const std::string their_index = LayerIndexPath(from, entry.id);
-  if (IsPackedLayer(from, entry.id)) {
-    return UserError("{} is packed; run 'unmoor unpack {}' first, to repair {} from it", from, from,
-                     directory);
-  }
-  if (!Exists(theirs) && !Exists(their_index)) {
+  if (!HoldsLayer(from, entry.id)) {
     return UserError("{} does not hold layer {}, so {} cannot be repaired from it", from, entry.id,
                      directory);
   }
   if (!Exists(layers)) UNMOOR_TRY(MakeDirectory(layers, 0700));
   if (verdict.index) {
-    PendingFile mended(ours);
-    UNMOOR_TRY(mended.Create());
-    UNMOOR_TRY(WriteMendedPages(*verdict.index, ours, theirs, mended));
-    UNMOOR_TRY(mended.MoveIntoPlace());
+    UNMOOR_TRY(MendPages(directory, from, entry.id, *verdict.index));
   } else {
-    if (const auto found = ReadLayerIndex(their_index, &entry); !found) {
-      return Failure(found.error().WithContext(
-          fmt::format("{} cannot be repaired", LayerIndexPath(directory, entry.id))));
-    }
-    UNMOOR_TRY(MendIndex(LayerIndexPath(directory, entry.id), their_index));
+    UNMOOR_TRY(
+        MendIndex(LayerIndexPath(directory, entry.id), LayerIndexPath(from, entry.id), entry));
   }
   UNMOOR_TRY(SyncPath(layers));
-  return VerifyLayer(directory, entry.id, &entry, {});
+  return IsPackedLayer(directory, entry.id)
+             ? VerifyPackedLayer(directory, entry.id, &entry, true, {})
+             : VerifyLayer(directory, entry.id, &entry, {});
 }
 
 }  // namespace unmoor

@@ -81,12 +81,16 @@ std::vector<std::string> Verifier::FindLayers() const {
 bool Verifier::Repair(uint32_t number, const ManifestLayer& entry, LayerVerdict& verdict) {
   auto repaired = RepairLayer(report_.directory, *options_.repair_from, entry, verdict);
   if (!repaired) {
-    verdict.damages.push_back(Whole(LayerPagesPath(report_.directory, entry.id), repaired.error()));
+    const std::string file = IsPackedLayer(report_.directory, entry.id)
+                                 ? LayerPackedPath(report_.directory, entry.id)
+                                 : LayerPagesPath(report_.directory, entry.id);
+    verdict.damages.push_back(Whole(file, repaired.error()));
     return false;
   }
   for (Damage& damage : verdict.damages) {
     if (damage.bytes && repaired->index) {
-      damage.places = PlacesOf(*damage.bytes, *repaired->index, number, &*manifest_);
+      damage.places =
+          PlacesOf(damage.pages.value_or(*damage.bytes), *repaired->index, number, &*manifest_);
     }
     report_.repaired.push_back(std::move(damage));
   }
@@ -110,7 +114,7 @@ void Verifier::CheckLayer(uint32_t number, const std::string& id, const Manifest
   ++report_.layers;
   constexpr int kParts = 2;  // the index, then the pages
   for (int i = 0; i < kParts && !verdict.damages.empty(); ++i) {
-    if (entry == nullptr || !options_.repair_from || IsPackedLayer(report_.directory, id)) break;
+    if (entry == nullptr || !options_.repair_from) break;
     if (!Repair(number, *entry, verdict)) break;
   }
   for (Damage& damage : verdict.damages) {
@@ -233,11 +237,6 @@ Result<VerifyDirectoryReport> Verifier::Run() {
     manifest_ = std::move(*manifest);
   } else {
     report_.damages.push_back(Whole(ManifestPath(report_.directory), manifest.error()));
-  }
-  if (options_.repair_from && manifest_ && IsPacked(report_.directory, *manifest_)) {
-    return UserError("{} holds packed layers, which are not repaired; copy their .packed files from "
-                     "{}, or unpack first",
-                     report_.directory, *options_.repair_from);
   }
   CheckLayers();
   if (manifest_) {

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 
-from harness import Program, children, demand, is_alive, main, poll, state, vmas
+from harness import UNMOOR, Program, children, demand, is_alive, main, poll, state, vmas
 from redis import Redis, Writer
 from tree import Tree
 
@@ -441,8 +441,42 @@ def flatten_of_a_mapped_chain(story):
     demand(max(shares[-2:]) < 0.5, f"log tells what the dumps wrote: {shares}")
 
 
+def flatten_while_it_is_remapped(story):
+    """A chain is flattened while the agent moves its program off the old layers: neither minds the other."""
+    churn = story.start("churn", "--threads", 2, "--mib", 40, "--dontneed", "--rate", 1000)
+    churn.await_sweep()
+    first, _ = dump(story, churn, "first", "-R")
+    churn.await_sweep()
+    image, _ = dump(story, churn, "image0", "--prev-images-dir", first)
+    churn.await_gone()
+    story.await_no_orphan()
+    shutil.rmtree(first)
+    for turn in range(2):
+        demand(layers_of(story, image) > 1, "it is a chain")
+        story.restore(churn, image, "--remap", "off")
+        kept = story.path(f"kept{turn}")
+        shutil.copytree(image, kept, copy_function=os.link)
+        flatten = story.popen([UNMOOR, "flatten", image])
+        story.unmoor("remap", "-t", churn.pid)
+        demand(flatten.wait(60) == 0, "the flatten went through")
+        demand(layers_of(story, image) == 1, "it is no chain any more")
+        story.unmoor("gc", story.folder)
+        churn.await_sweep()
+        shutil.rmtree(image)
+        image, report = dump(story, churn, f"image{turn + 1}", "--prev-images-dir", kept)
+        demand(report["parent"] == kept, f"the same checkpoint as a chain: {report}")
+        shutil.rmtree(kept)
+        churn.await_gone()
+        story.await_no_orphan()
+    story.unmoor("verify", image)
+    story.restore(churn, image)
+    story.wait_ready(churn)
+    churn.await_sweep()
+    churn.end()
+
+
 if __name__ == "__main__":
     main({f.__name__: f for f in (
         six_generations, bytes_follow_what_changed, redis_generations, tree_generations, vanished_pages,
         changed_vmas, forks, parent_must_be_usable, other_file_system,
-        flatten_of_a_mapped_chain)})
+        flatten_of_a_mapped_chain, flatten_while_it_is_remapped)})

@@ -4,12 +4,23 @@ import os
 import shutil
 
 from harness import USER_MISTAKE, demand, main, tree_bytes
-from store import DAMAGED, flip, layer_files, reader, restore_by_stock_criu, verify
+from store import DAMAGED, data_ranges, flip, layer_files, reader, restore_by_stock_criu, verify
 
 
 def only_packed(image):
     names = sorted(name.split(".")[1] for name in os.listdir(os.path.join(image, "layers")))
     return names == ["index", "packed"]
+
+
+def flip_at(path, part):
+    flip(path, int(os.path.getsize(path) * part))
+
+
+def mended(story, image, source, parts):
+    repaired = verify(story, image, "--repair-from", source)["repaired"]
+    demand(len(repaired) == parts, f"{parts} parts were mended: {repaired}")
+    demand(all(d["places"] for d in repaired if "offset" in d), f"told with task and addresses: {repaired}")
+    verify(story, image, "--deep")
 
 
 def caches(story):
@@ -106,8 +117,6 @@ def what_needs_pages_says_so(story):
                            expect=USER_MISTAKE)
     demand("unmoor unpack" in outcome.err, f"dump: {outcome}")
     other.end()
-    outcome = story.unmoor("verify", image, "--repair-from", copy, expect=USER_MISTAKE)
-    demand(".packed" in outcome.err, f"verify: {outcome}")
     for again in (("pack", image), ("unpack", image, image), ("pack", image, "--compress", "gzip")):
         story.unmoor(*again, expect=USER_MISTAKE if again[0] == "pack" else 0)
     story.unmoor("unpack", image, expect=USER_MISTAKE)
@@ -126,6 +135,46 @@ def what_needs_pages_says_so(story):
     plain = story.path("plain")
     story.unmoor("export", image, plain)
     restore_by_stock_criu(story, churn, plain)
+
+
+def repaired(story):
+    """Damage in a packed layer is mended from a plain or a packed copy, and the reverse, frame by frame."""
+    churn, plain = churn_in(story, "plain")
+    packed, other = story.path("packed"), story.path("other")
+    for where, form in ((packed, "zstd:1"), (other, "lz4")):
+        story.unmoor("pack", plain, where, "--compress", form)
+    flip_at(packed_file(packed), 0.3)
+    flip_at(packed_file(packed), 0.7)
+    mended(story, packed, plain, 2)
+    demand(story.unmoor("show", "-D", packed, "--json").json()["layers"][0]["packed"].startswith("zstd"),
+           "packed as it was")
+    flip_at(packed_file(packed), 0.2)
+    flip_at(packed_file(other), 0.8)
+    mended(story, packed, other, 1)
+    mended(story, other, packed, 1)
+    os.truncate(packed_file(packed), os.path.getsize(packed_file(packed)) - 5)
+    index = packed_file(packed).replace(".packed", ".index")
+    os.remove(index)  # shared with the others by hard link
+    with open(index, "wb") as file:
+        file.write(b"UNMOOR")
+    mended(story, packed, other, 2)
+    pages = layer_files(plain)[0]
+    begin, end = max(data_ranges(pages), key=lambda r: r[1] - r[0])
+    flip(pages, (begin + end) // 2)
+    mended(story, plain, packed, 1)
+
+    flip_at(packed_file(packed), 0.5)
+    flip_at(packed_file(other), 0.5)
+    before = os.stat(packed_file(packed)).st_ino
+    outcome = verify(story, packed, "--repair-from", other, expect=DAMAGED)
+    demand(os.stat(packed_file(packed)).st_ino == before and any("too" in d["what"] for d in outcome["damages"]),
+           f"what neither has is told, and left as it was: {outcome}")
+    demand(not [n for n in os.listdir(os.path.join(packed, "layers")) if "repair" in n], "nothing is left")
+    mended(story, packed, plain, 1)
+    story.restore(churn, packed)
+    story.wait_ready(churn)
+    churn.await_sweep()
+    churn.end()
 
 
 def disk_full(story):
@@ -163,4 +212,4 @@ def disk_full(story):
 
 
 if __name__ == "__main__":
-    main({f.__name__: f for f in (packed_and_restored, over_one_another, what_needs_pages_says_so, disk_full)})
+    main({f.__name__: f for f in (packed_and_restored, over_one_another, what_needs_pages_says_so, repaired, disk_full)})
