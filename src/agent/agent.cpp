@@ -7,6 +7,7 @@
 #include <set>
 
 #include "agent/progress_file.h"
+#include "agent/put_back.h"
 #include "agent/supervisor.h"
 #include "os/daemon.h"
 #include "os/process_control.h"
@@ -121,6 +122,29 @@ Result<Pid> WaitingAgent::LetRun() {
   UNMOOR_TRY(Await(static_cast<uint32_t>(AgentMessage::Kind::kRunning)));
   socket_.Reset();
   return pid_;
+}
+
+Result<> PutBack(const std::vector<PutBackTask>& tasks, const AgentOptions& options) {
+  std::vector<SupervisorTask> programs;
+  std::set<int> missing;
+  for (const PutBackTask& task : tasks) {
+    programs.push_back({task.pid, false, false, task.ranges});
+    missing.insert(task.pid.value);
+  }
+  UNMOOR_ASSIGN(SupervisorHandle supervisor, StartSupervisor(programs, options));
+  UNMOOR_TRY(supervisor.process.Wait());
+  while (!missing.empty()) {
+    UNMOOR_ASSIGN(const auto message, NextMessage(supervisor.socket.get()));
+    if (!message) return MachineError("the agent ended without a word");
+    using Kind = AgentMessage::Kind;
+    if (message->kind == Kind::kFailed || message->kind == Kind::kProblem) {
+      return MachineError("process {}: {}", message->pid, message->text);
+    }
+    if (message->kind == Kind::kGuarded || message->kind == Kind::kFinished) {
+      missing.erase(message->pid);
+    }
+  }
+  return {};
 }
 
 Result<RemapReport> RemapProcess(Pid pid, const AgentOptions& options,

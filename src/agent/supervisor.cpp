@@ -61,9 +61,12 @@ class WorkerProcess {
     UNMOOR_ASSIGN(program_, OpenPidFd(task_.task.pid));
     UNMOOR_TRY(Enter());
     const bool restored = task_.task.stopped && !task_.again;
-    UNMOOR_ASSIGN(bool direct_mapped,
-                  restored ? worker_->BeginRestored() : worker_->Begin(std::move(old_uffd)));
+    const bool puts_back = !task_.task.put_back.empty() && !task_.again;
+    UNMOOR_ASSIGN(bool direct_mapped, restored
+                                          ? worker_->BeginRestored()
+                                          : worker_->Begin(std::move(old_uffd), puts_back));
     guarded_ = true;
+    if (puts_back) UNMOOR_TRY(PutBack());
     if (direct_mapped && options_.eager) UNMOOR_TRY(worker_->Run());
     Post(MakeMessage(AgentMessage::Kind::kGuarded, task_.task.pid), worker_->uffd());
     if (task_.task.stopped) {
@@ -104,6 +107,15 @@ class WorkerProcess {
 
   bool ProgramEnded() const {
     return program_.valid() && WaitReadable(program_.get(), Nanos(0)).value_or(true);
+  }
+
+  // What is not put back is for the dump to read; only a dead helper calls for another worker.
+  Result<> PutBack() {
+    const auto done = worker_->PutBack(task_.task.put_back);
+    if (done || ProgramEnded()) return {};
+    if (done.error().errnum() == EPIPE) return done;
+    Post(MakeMessage(AgentMessage::Kind::kProblem, task_.task.pid, done.error().message()), -1);
+    return {};
   }
 
   // Until nobody else is inside. An agent that is only out for a dump comes back.

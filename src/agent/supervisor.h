@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "agent/agent.h"
+#include "agent/put_back.h"
 #include "base/result.h"
 #include "os/daemon.h"
 #include "os/fd.h"
@@ -43,6 +44,7 @@ struct SupervisorTask {
   Pid pid;
   bool stopped = false;  // by SIGSTOP; waits for kResume
   bool stay_stopped = false;
+  std::vector<ShownByLayer> put_back = {};  // first of all (put_back.h)
 };
 
 // Our end of a supervisor's socket, and its pid once it has begun. It sends on every message of the

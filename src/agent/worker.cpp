@@ -57,7 +57,7 @@ Result<> Worker::Identify() {
   return {};
 }
 
-Result<bool> Worker::Begin(Fd old_uffd) {
+Result<bool> Worker::Begin(Fd old_uffd, bool inside) {
   old_uffd_ = std::move(old_uffd);
   UNMOOR_TRY(Identify());
   if (AnotherAgentIsAtWork()) {
@@ -68,7 +68,7 @@ Result<bool> Worker::Begin(Fd old_uffd) {
   UNMOOR_ASSIGN(const std::vector<HelperChild> helpers, FindHelpers(pid_));
   RememberImages(vmas);
   const bool mapped = std::ranges::any_of(vmas, MapsPageImage);
-  if (!mapped && leftovers.empty() && helpers.empty()) return false;
+  if (!mapped && leftovers.empty() && helpers.empty() && !inside) return false;
   UNMOOR_TRY(RepeatWhileBusy([this](Nanos stop_limit) { return StopAndInject(stop_limit); }));
   SaveProgress("");
   return true;

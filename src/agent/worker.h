@@ -16,6 +16,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <span>
 #include <string>
@@ -25,6 +26,7 @@
 #include "agent/guard.h"
 #include "agent/helper_link.h"
 #include "agent/progress_file.h"
+#include "agent/put_back.h"
 #include "agent/vma_names.h"
 #include "base/result.h"
 #include "os/fd.h"
@@ -49,8 +51,9 @@ class Worker final : public Carrier {
   ~Worker() override = default;
 
   // `old_uffd`: of an earlier worker or of the fork; may be empty. Leaves the program as it was,
-  // running or stopped by SIGSTOP. False: nothing is direct-mapped and nothing was done.
-  [[nodiscard]] Result<bool> Begin(Fd old_uffd);
+  // running or stopped by SIGSTOP. False: nothing is direct-mapped and nothing was done, unless it
+  // has to be `inside` all the same.
+  [[nodiscard]] Result<bool> Begin(Fd old_uffd, bool inside = false);
   // The same for a program restored a moment ago: it is stopped by SIGSTOP and nobody has been
   // inside since, so what only another agent can have left is not looked for. What it is doing is
   // not in the progress file before Record().
@@ -64,6 +67,8 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<> Watch(Nanos limit, const std::function<bool()>& stop);
   [[nodiscard]] Result<> End();
 
+  // Before Run: see put_back.h. An error leaves the program direct-mapped in part.
+  [[nodiscard]] Result<> PutBack(const std::vector<ShownByLayer>& ranges);
   // Run and Watch end with errnum ECANCELED when it says so.
   void StopWhen(std::function<bool()> asked) { asked_ = std::move(asked); }
   // Out of the program, which goes on being watched: its events wait. What was not swapped yet is
@@ -122,6 +127,14 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<> RemoveTraces(Nanos stop_limit);
   [[nodiscard]] Result<> RemoveTracesStopped();
   [[nodiscard]] Result<PlannedArea> PlanArea(Area area);
+  [[nodiscard]] static Result<PlannedArea> PlanData(Area area, int file);
+  [[nodiscard]] Result<> BeginPutBack(const ShownByLayer& shown, const VmaInfo& vma);
+  [[nodiscard]] Result<> MapLayer(const Area& area, Vaddr base, int file);
+  [[nodiscard]] Result<> PutBackArea(Pacer& pacer);
+  [[nodiscard]] Result<> PutBackBatch(VaddrRange batch, Pacer& pacer);
+  [[nodiscard]] Result<bool> CompareBlock(VaddrRange block, const RangeSet& own);
+  [[nodiscard]] Result<> ExchangePieces(std::span<const Piece> pieces, Pacer& pacer);
+  [[nodiscard]] Result<> EndPutBack();
   [[nodiscard]] Result<> KnowChildren();
   [[nodiscard]] Result<> StopAndRead(HeldEvents& events, bool& changed);
   static void NoteMove(const MovedMemory& moved, const BlockedCall& call, HeldEvents& events);
@@ -140,6 +153,7 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<Vaddr> MapOwned(Bytes length, uint64_t congruent_to, bool no_reserve);
   [[nodiscard]] Result<> RecordOwned(size_t slot);
   [[nodiscard]] Result<> FreeMirrors();
+  [[nodiscard]] Result<> ReleaseMirror(const Mirror& mirror);
   [[nodiscard]] Result<> AddName(OpList& ops, VaddrRange range, const std::string& name) const;
   [[nodiscard]] Result<> TakeMemory(std::span<const CopyStep> steps);
   [[nodiscard]] Result<> CopySteps(size_t area, std::span<const CopyStep> steps);
@@ -215,6 +229,11 @@ class Worker final : public Carrier {
   std::vector<PlannedArea> areas_;
   RangeSet dropped_;
   std::vector<VaddrRange> unreplaced_;  // given back, with no mapping to spare for it
+  RangeSet touched_;  // by events since the baseline of the batch being put back
+  // While an area is put back it is areas_[0].
+  std::optional<Mirror> put_back_mirror_;  // not among mirrors_: it maps the layer
+  Fd put_back_file_;
+  std::vector<std::byte> put_back_bytes_[2];
   std::set<uint64_t> cuts_;  // where VMAs may have been shortened, not looked at yet
   Bytes dropped_bytes_;
   Bytes converted_;  // swapped while the program was held, without the remapper

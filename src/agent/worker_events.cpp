@@ -249,6 +249,7 @@ Result<> Worker::ReleaseProgram() {
 
 // `calls`: as read before the event was.
 void Worker::NoteEvent(UffdEvent& event, const ThreadCalls& calls, bool& changed) {
+  touched_.Insert(event.range);
   if (event.kind == UffdEvent::Kind::kFork) FindForkedChild(std::move(event.child), calls);
   if (event.kind == UffdEvent::Kind::kUnmap || event.kind == UffdEvent::Kind::kRemap) {
     dropped_.Erase(event.range);

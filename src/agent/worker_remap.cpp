@@ -109,10 +109,14 @@ Result<std::vector<Carrier::PlannedArea>> Worker::PlanOnce() {
 Result<Carrier::PlannedArea> Worker::PlanArea(Area area) {
   UNMOOR_ASSIGN(const ImageFile* file, FileOf(area));
   UNMOOR_TRY(MirrorFor(area));
+  return PlanData(std::move(area), file->fd.get());
+}
+
+Result<Carrier::PlannedArea> Worker::PlanData(Area area, int file) {
   const FileOffset begin(
       static_cast<uint64_t>(std::max<int64_t>(0, static_cast<int64_t>(area.offset))));
   UNMOOR_ASSIGN(const std::vector<FileRange> data,
-                DataRanges(file->fd.get(), {begin, area.OffsetOf(area.range.end)}, "page image"));
+                DataRanges(file, {begin, area.OffsetOf(area.range.end)}, "page image"));
   PlannedArea planned{std::move(area), {}};
   for (const FileRange& range : data) {
     const auto at = [&](FileOffset offset) {
@@ -227,17 +231,21 @@ Result<> Worker::FreeMirrors() {
       kept.push_back(mirror);
       continue;
     }
-    const VaddrRange range{mirror.base, mirror.base + mirror.area.range.size()};
-    const auto it = std::ranges::find(owned_, range);
-    UNMOOR_CHECK(it != owned_.end());
-    *it = {};
-    UNMOOR_TRY(RecordOwned(static_cast<size_t>(it - owned_.begin())));
-    OpList unmap;
-    unmap.Syscall(SYS_munmap, {range.begin.value, range.size().value, 0, 0, 0, 0});
-    UNMOOR_TRY(link_.Must(unmap, "munmap inside the program"));
+    UNMOOR_TRY(ReleaseMirror(mirror));
   }
   mirrors_ = std::move(kept);
   return {};
+}
+
+Result<> Worker::ReleaseMirror(const Mirror& mirror) {
+  const VaddrRange range{mirror.base, mirror.base + mirror.area.range.size()};
+  const auto it = std::ranges::find(owned_, range);
+  UNMOOR_CHECK(it != owned_.end());
+  *it = {};
+  UNMOOR_TRY(RecordOwned(static_cast<size_t>(it - owned_.begin())));
+  OpList unmap;
+  unmap.Syscall(SYS_munmap, {range.begin.value, range.size().value, 0, 0, 0, 0});
+  return link_.Must(unmap, "munmap inside the program").map([](int64_t) {});
 }
 
 // At most one name a list: it is read from the helper's memory when the list runs.
@@ -288,6 +296,7 @@ Result<const Worker::Mirror*> Worker::MirrorFor(const Area& area) {
 }
 
 const Worker::Mirror& Worker::MirrorOf(size_t index) const {
+  if (index == 0 && put_back_mirror_) return *put_back_mirror_;
   const Area& area = areas_[index].area;
   const auto it = std::ranges::find_if(mirrors_, [&](const Mirror& mirror) {
     return mirror.area.range.Contains(area.range) && mirror.area.inode == area.inode &&
@@ -445,6 +454,8 @@ bool Worker::IsKnownImage(const VmaInfo& vma) const {
 // What the window must find unchanged. False when it is not what was planned already.
 Result<bool> Worker::AddChecks(OpList& ops, const Piece& piece) const {
   const Area& area = areas_[piece.area].area;
+  // What was given back may be in the mirror, and would come back to life.
+  if (put_back_mirror_ && touched_.SizeWithin(piece.range) > Bytes(0)) return false;
   for (Vaddr at = piece.range.begin; at < piece.range.end;) {
     UNMOOR_ASSIGN(const auto vma, QueryVma(maps_.get(), at));
     if (!vma || vma->range.begin > at || vma->shared || vma->prot != area.prot) return false;
@@ -472,11 +483,17 @@ void Worker::AddSwap(OpList& ops, const Piece& piece) const {
   if (area.prot != (PROT_READ | PROT_WRITE)) {
     ops.Syscall(SYS_mprotect, {mirror.value, length, static_cast<uint64_t>(area.prot), 0, 0, 0});
   }
+  // What is put back is watched from its first moment, which a registration moves along with.
+  const auto register_mirror = [&](unsigned long request, uint64_t mode) {
+    if (put_back_mirror_ && piece.area == 0) ops.Ioctl(helper_uffd_, request, {mirror.value, length, mode, 0, 0});
+  };
+  register_mirror(UFFDIO_REGISTER, UFFDIO_REGISTER_MODE_WP);
   // DONTUNMAP keeps our hold on the mirror's addresses, so that cleaning up never unmaps something
   // the program put there.
   ops.Syscall(SYS_mremap,
               {mirror.value, length, length, MREMAP_MAYMOVE | MREMAP_FIXED | 4 /*MREMAP_DONTUNMAP*/,
                piece.range.begin.value, 0});
+  register_mirror(UFFDIO_UNREGISTER, 0);
   if (!area.HasFlag("dc")) {
     AddAdvice(ops, {mirror, mirror + piece.range.size()}, MADV_DONTFORK);
   }

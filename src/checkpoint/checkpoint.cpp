@@ -125,6 +125,7 @@ class Dumper {
   [[nodiscard]] Result<CheckpointReport> Run();
 
  private:
+  [[nodiscard]] Result<std::vector<HoldOff>> PutBackOnLayers();
   [[nodiscard]] Result<bool> DumpMapped(const criu::CriuBinary& criu);
   [[nodiscard]] Result<> DumpHeld(const criu::CriuBinary& criu);
 
@@ -469,9 +470,23 @@ Result<CheckpointReport> Dumper::Run() {
   return std::move(report_);
 }
 
+// The agents leave as soon as they have put back what they can: the programs are asked for.
+Result<std::vector<HoldOff>> Dumper::PutBackOnLayers() {
+  std::vector<HoldOff> asked;
+  if (!options_.track_mem) return asked;
+  UNMOOR_ASSIGN(asked, AskForTree(options_.pid));
+  UNMOOR_ASSIGN(const std::vector<PutBackTask> tasks,
+                FindShownByParent(asked, *parent_, options_.plan));
+  if (tasks.empty()) return asked;
+  if (const auto done = PutBack(tasks, AgentOptions{}); !done) {
+    spdlog::warn("{}; what could not be compared beforehand is read", done.error().message());
+  }
+  return asked;
+}
+
 // False: not possible, the remap is to be finished first. Why is said, and then nothing was done.
 Result<bool> Dumper::DumpMapped(const criu::CriuBinary& criu) {
-  if (!options_.while_mapped || !parent_) return false;
+  if (!(options_.while_mapped || options_.track_mem) || !parent_) return false;
   const auto not_possible = [this](const std::string& why) {
     held_.clear();
     mapped_files_.clear();
@@ -479,7 +494,8 @@ Result<bool> Dumper::DumpMapped(const criu::CriuBinary& criu) {
     return false;
   };
   for (int i = 0; i < kTriesWhileMapped; ++i) {
-    auto held = HoldTree(options_.pid);
+    UNMOOR_ASSIGN(std::vector<HoldOff> asked, PutBackOnLayers());
+    auto held = HoldTree(options_.pid, std::move(asked));
     if (!held && held.error().errnum() == EAGAIN) return not_possible(held.error().message());
     if (!held) return Failure(held.error());
     held_ = *std::move(held);
@@ -561,6 +577,7 @@ Result<> Dumper::DumpHeld(const criu::CriuBinary& criu) {
     report_.allocated += packed ? *report_.packed : layer.allocated;
   }
   report_.allocated += router.criu_bytes();
+  report_.read = router.received();
   report_.still_mapped = !mapped_files_.empty();
   return {};
 }

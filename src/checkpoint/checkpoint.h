@@ -36,6 +36,9 @@ struct CheckpointOptions {
   bool full = false;
   // A program that still maps its image is dumped as it is where that is possible.
   bool while_mapped = false;
+  // And one that is independent of it is compared with the parent while it runs, so that only what
+  // differs is read while it stands still. Implies while_mapped.
+  bool track_mem = false;
   std::optional<std::string> criu;
   std::vector<std::string> criu_arguments;
   std::string tool_version;
@@ -63,6 +66,7 @@ struct CheckpointReport {
   bool remapped_first = false;
   bool still_mapped = false;  // dumped while it mapped its image, of which only changes were read
   std::optional<std::string> parent;  // of which layers are used; nothing: a full dump
+  Bytes read;                         // pages that CRIU read while the program stood still
   Bytes written;                      // pages in the new layer
   std::optional<Bytes> packed;        // the new layer's bytes when packed
 };

@@ -69,6 +69,7 @@ class PageRouter : public criu::PageSink {
   }
   // It failed since the program cannot be dumped as long as it maps its image.
   [[nodiscard]] bool must_be_remapped() const { return must_be_remapped_; }
+  [[nodiscard]] Bytes received() const { return received_; }
   [[nodiscard]] Bytes criu_bytes() const { return page_images_.written(); }
 
  private:

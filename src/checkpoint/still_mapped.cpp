@@ -8,7 +8,6 @@
 #include <cstdlib>
 #include <set>
 
-#include "agent/agent.h"
 #include "agent/inject.h"
 #include "agent/page_image.h"
 #include "os/file.h"
@@ -19,6 +18,7 @@ namespace {
 
 constexpr Nanos kLeavePatience(5'000'000'000);
 constexpr int kLooks = 100;
+constexpr Bytes kLeastPutBack(uint64_t{1} << 20);  // less is read as fast
 
 // As CRIU names it: the mount and the inode of the file behind a mapping.
 Result<std::string> ExternalKey(Pid pid, const VmaInfo& vma) {
@@ -74,21 +74,46 @@ Result<std::string> WhyNotWithoutAgent(Pid pid) {
   return fmt::format("process {} maps its image, but has no agent at work", pid.value);
 }
 
+// Nothing: it has ended, or ends just now (a child or helper that lived for a moment).
+Result<std::optional<HoldOff>> Ask(Pid pid) {
+  const auto has_ended = [pid] {
+    const auto info = ReadProcess(pid);
+    return !info || info->ended() || info->kernel_thread;
+  };
+  if (has_ended()) return std::optional<HoldOff>();
+  auto program = HoldOff::Begin(pid);
+  if (program) return std::optional<HoldOff>(*std::move(program));
+  if (has_ended()) return std::optional<HoldOff>();
+  return Failure(program.error());
+}
+
 }  // namespace
 
-Result<std::vector<HoldOff>> HoldTree(Pid root) {
+Result<std::vector<HoldOff>> AskForTree(Pid root) {
+  std::vector<HoldOff> asked;
+  UNMOOR_ASSIGN(const std::vector<Pid> tree, ReadTree(root));
+  for (const Pid pid : tree) {
+    UNMOOR_ASSIGN(auto program, Ask(pid));
+    if (program) asked.push_back(*std::move(program));
+  }
+  return asked;
+}
+
+Result<std::vector<HoldOff>> HoldTree(Pid root, std::vector<HoldOff> asked) {
   std::vector<HoldOff> held;
   for (bool complete = false; !complete;) {
     complete = true;
     UNMOOR_ASSIGN(const std::vector<Pid> tree, ReadTree(root));
     for (const Pid pid : tree) {
-      const auto info = ReadProcess(pid);
-      const bool gone = !info || info->ended() || info->kernel_thread;
-      if (gone || std::ranges::find(held, pid, &HoldOff::pid) != held.end()) continue;
-      auto program = HoldOff::Begin(pid);
-      const auto now = ReadProcess(pid);
-      if (!program && (!now || now->ended())) continue;  // a child or helper that ended just now
-      if (!program) return Failure(program.error());
+      if (std::ranges::find(held, pid, &HoldOff::pid) != held.end()) continue;
+      const auto before = std::ranges::find(asked, pid, &HoldOff::pid);
+      std::optional<HoldOff> program;
+      if (before != asked.end()) {
+        program.emplace(std::move(*before));
+      } else {
+        UNMOOR_ASSIGN(program, Ask(pid));
+      }
+      if (!program) continue;
       UNMOOR_ASSIGN(const bool ours, program->Await(kLeavePatience));
       if (!ours) {
         return Failure(Error(
@@ -115,6 +140,30 @@ Result<StillMapped> FindStillMapped(const std::vector<HoldOff>& programs, const 
     if (!found.why_not.empty()) return found;
   }
   return found;
+}
+
+Result<std::vector<PutBackTask>> FindShownByParent(const std::vector<HoldOff>& programs,
+                                                   const Parent& parent,
+                                                   const CheckpointPlanOptions& options) {
+  std::vector<PutBackTask> tasks;
+  for (const HoldOff& program : programs) {
+    const Pid pid = program.pid();
+    UNMOOR_ASSIGN(const ProcessStatus status, QueryStatus(pid));
+    if (status.status != Status::kReady) return std::vector<PutBackTask>();
+    UNMOOR_ASSIGN(const ProcessInfo info, ReadProcess(pid));
+    UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid));
+    const int vpid = info.ns_pids.empty() ? pid.value : info.ns_pids.back();
+    PutBackTask task{pid, {}};
+    for (const PlannedVma& item : PlanTask(vmas, options)) {
+      if (!item.mapped || item.vma.anonymous < kLeastPutBack) continue;
+      const auto base = parent.Find(static_cast<uint32_t>(vpid), item.vma);
+      if (!base) continue;
+      task.ranges.push_back({item.vma.range, parent.layers()[base->vma.layer].pages_path(),
+                             base->vma.offset});
+    }
+    if (!task.ranges.empty()) tasks.push_back(std::move(task));
+  }
+  return tasks;
 }
 
 bool WaitsForAgent(const std::vector<HoldOff>& programs) {

@@ -14,15 +14,25 @@
 #include <vector>
 
 #include "agent/hold_off.h"
+#include "agent/put_back.h"
 #include "base/result.h"
 #include "base/units.h"
 #include "checkpoint/parent.h"
+#include "checkpoint/plan.h"
 
 namespace unmoor {
 
+// Asks for the programs of the tree below `root`, those in it now.
+[[nodiscard]] Result<std::vector<HoldOff>> AskForTree(Pid root);
 // Every program of the tree below `root`, with no agent inside for as long as the result lives.
-// errnum EAGAIN: one is inside that cannot leave just now.
-[[nodiscard]] Result<std::vector<HoldOff>> HoldTree(Pid root);
+// errnum EAGAIN: one is inside that cannot leave just now. `asked`: of programs asked for already.
+[[nodiscard]] Result<std::vector<HoldOff>> HoldTree(Pid root, std::vector<HoldOff> asked = {});
+
+// What of the programs the parent's layers may show: all their memory that stands on some.
+// Nothing when one of them is not independent of its image.
+[[nodiscard]] Result<std::vector<PutBackTask>> FindShownByParent(
+    const std::vector<HoldOff>& programs, const Parent& parent,
+    const CheckpointPlanOptions& options);
 
 struct StillMapped {
   std::vector<std::string> files;  // CRIU's --external keys; none: nothing is mapped

@@ -4,6 +4,7 @@ and what the layer shows stays in the layer.
 
 Programs verify their own memory; the parent is deleted before each restore.
 """
+import contextlib
 import json
 import os
 import random
@@ -258,6 +259,127 @@ def forks(story):
     program.do()
 
 
+def track(story, program, name, *arguments):
+    return chains.dump(story, program, name, "--track-mem", *arguments)
+
+
+def tracked(story):
+    """A program that is independent of its image: what it did not change is not read while it stands still."""
+    program = Scripted(story)
+    program.do("for name in 'abcde': areas[name] = Area(8); areas[name].fill(0, 2000, 1)")
+    previous, _ = track(story, program, "generation-0", "-R")
+    changes = (
+        ("pass", 4 << 20),
+        ("a = areas['a']; a.fill(100, 150, 2); a.zero(300, 310); a.drop(500, 520); areas['b'].fill(2010, 2020, 3)", 6 << 20),
+        ("areas['b'].drop(0, 1000); areas['c'].fill(0, 2048, 4)", 20 << 20),
+        ("areas.pop('d').memory.close(); areas['e'].resize(3000); areas['e'].fill(2500, 2510, 5)\n"
+         "areas['f'] = Area(8); areas['f'].fill(0, 700, 6); protect(areas['a'], 0, 64, 1)", None),
+        ("protect(areas['a'], 0, 64, 3); areas['a'].fill(0, 64, 7); areas['e'].resize(900)", None))
+    for number, (change, most) in enumerate(changes, 1):
+        program.do(change)
+        folder, report = track(story, program, f"generation-{number}", "-R", "--prev-images-dir", previous)
+        demand(report["still_mapped"] and (most is None or report["read_bytes"] <= most), f"more than {most} bytes were read: {report}")
+        # At once, while its agent comes back and remaps it; and independent again.
+        program.do("areas['a'].fill(1000, 1004, 8); areas['b'].drop(1100, 1110); areas['c'].drop(3, 5)")
+        story.wait_ready(program)
+        program.do()
+        shutil.rmtree(previous)
+        previous = folder
+    last, _ = track(story, program, "last", "--prev-images-dir", previous)
+    program.await_gone()
+    story.await_no_orphan()
+    story.unmoor("verify", last)
+    shutil.rmtree(previous)
+    story.restore(program, last)
+    story.wait_ready(program)
+    program.do()
+
+
+def tracked_churn(story):
+    """Threads that change memory in every way while it is put back on its layers, over and over."""
+    churn = story.start("churn", "--threads", 2, "--mib", 128, "--dontneed", "--remapper", "--mprotect",
+                        "--munmap", "--hazard-mib", 4, "--rate", 100)
+    churn.await_progress()
+    previous, _ = track(story, churn, "generation-0", "-R")
+    mapped = 0
+    for number in range(1, 6):
+        churn.await_progress(amount=20)
+        folder, report = track(story, churn, f"generation-{number}", "-R", "--prev-images-dir", previous)
+        story.say(f"{report['read_bytes'] >> 20} MiB read, mapped: {report['still_mapped']}")
+        mapped += report["still_mapped"] and report["read_bytes"] < 64 << 20
+        churn.await_sweep()
+        story.wait_ready(churn)
+        shutil.rmtree(previous)
+        previous = folder
+    demand(mapped >= 1, "it was never put back")
+    folder, _ = track(story, churn, "last", "--prev-images-dir", previous)
+    churn.await_gone()
+    story.await_no_orphan()
+    story.restore(churn, folder)
+    story.wait_ready(churn)
+    churn.await_sweep()
+    churn.end()
+    story.demand_no_agent()
+
+
+def given_back_meanwhile(story):
+    """A thread gives pages back, one by one, while the rest of their blocks is put back on its layer."""
+    program = Scripted(story)
+    program.do("areas['a'] = Area(32); areas['a'].fill(0, 8192, 1)")
+    previous, _ = track(story, program, "generation-0", "-R")
+    put_back = 0
+    for number in range(1, 5):
+        # Out of reach of the checks, for as long as the thread is at work on it.
+        program.do("import random, threading\n"
+                   "hidden, at_work = areas.pop('a'), True\n"
+                   "def give_back():\n"
+                   "    while at_work:\n"
+                   "        page = random.randrange(8192)\n"
+                   "        hidden.drop(page, page + 1)\n"
+                   "        time.sleep(0.003)\n"
+                   "thread = threading.Thread(target=give_back)\n"
+                   "thread.start()")
+        folder, report = track(story, program, f"generation-{number}", "-R", "--prev-images-dir", previous)
+        put_back += report["still_mapped"] or report["remapped_first"]
+        program.do("at_work = False; thread.join(); areas['a'] = hidden")
+        story.wait_ready(program)
+        program.do()
+        shutil.rmtree(previous)
+        previous = folder
+    demand(put_back >= 1, "it was never put back")
+
+
+def agents(story):
+    return [pid for pid in story.agents() if read_proc(pid, "comm").strip() == "unmoor-agent"]
+
+
+def tracker_killed(story):
+    """kill -9 of the agent while it compares and puts back: the program's memory is right, and so is the dump's."""
+    churn = story.start("churn", "--threads", 2, "--mib", 64, "--sparse", "--dontneed", "--hazard-mib", 4)
+    churn.await_progress()
+    base, _ = track(story, churn, "base", "-R")
+    chance = random.Random(5)
+    for attempt in range(5):
+        outcome = story.popen([UNMOOR, "dump", "--track-mem", "-R", "-t", str(churn.pid), "-D", story.path("tracked"),
+                               "--prev-images-dir", base])
+        poll(lambda: agents(story) or outcome.poll() is not None, "an agent")
+        time.sleep(chance.random() * 0.1)
+        for agent in agents(story):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(agent, signal.SIGKILL)
+        outcome.wait()
+        churn.await_progress("goes on after its agent was killed", amount=100)
+    story.unmoor("remap", "-t", churn.pid)
+    churn.await_sweep()
+    folder, _ = track(story, churn, "last", "--prev-images-dir", base)
+    churn.await_gone()
+    story.await_no_orphan()
+    story.restore(churn, folder)
+    story.wait_ready(churn)
+    churn.await_sweep()
+    churn.end()
+
+
 def children_of(pid):
     """Without helpers of an agent."""
     return [child for child in children(pid) if not read_proc(child, "comm").startswith("unmoor")]
@@ -307,4 +429,5 @@ def trees_and_redis(story):
 if __name__ == "__main__":
     main({f.__name__: f for f in (
         written_pages_only, changed_vmas, half_remapped, left_running, again_at_once, killed_midway, moved_image, forks,
-        trees_and_redis)})
+        tracked, tracked_churn, given_back_meanwhile,
+        tracker_killed, trees_and_redis)})

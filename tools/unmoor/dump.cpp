@@ -22,6 +22,7 @@ struct DumpArguments {
   std::string compression;
   bool full = false;
   bool while_mapped = false;
+  bool track_mem = false;
   bool leave_running = false;
   bool dry_run = false;
   bool verbose = false;
@@ -88,6 +89,7 @@ void PrintReport(const CheckpointReport& report, bool flattened, bool json) {
                {"criu_bytes", totals.criu_data.value},
                {"packed_bytes", report.packed ? nlohmann::json(report.packed->value) : nlohmann::json()},
                {"allocated_bytes", report.allocated.value},
+               {"read_bytes", report.read.value},
                {"remapped_first", report.remapped_first},
                {"flattened", flattened},
                {"still_mapped", report.still_mapped},
@@ -154,6 +156,7 @@ int RunDump(const DumpArguments& arguments, const Invocation& invocation) {
     options.compression = *compression;
   }
   options.while_mapped = arguments.while_mapped;
+  options.track_mem = arguments.track_mem;
   if (!arguments.timeout.empty()) {
     const auto timeout = ParseDuration(arguments.timeout, 1'000'000'000);
     if (!timeout) return Report(timeout.error(), arguments.json);
@@ -220,6 +223,10 @@ Action ConfigureDump(CLI::App& app) {
       ->option_text("lz4|zstd[:LEVEL]");
   app.add_flag("--while-mapped", arguments->while_mapped,
                "Dump a program that still maps its image as it is, where that is possible")
+      ->excludes(full);
+  app.add_flag("--track-mem", arguments->track_mem,
+               "As --while-mapped, and compare a program that is independent of its image with "
+               "the parent while it runs, so that only what differs is read while it is frozen")
       ->excludes(full);
   app.add_option("--timeout", arguments->timeout,
                  "How long to wait for a pending remap (default: as long as it takes)")
