@@ -7,6 +7,7 @@
 
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <thread>
 #include <vector>
 
@@ -96,6 +97,37 @@ void Hazard::ExpectPattern(size_t from, size_t to) const {
   for (size_t at = from; at < to; at += 8) {
     ASSERT_EQ(words[at / 8], PatternAt(at)) << "at offset " << at;
   }
+}
+
+ThreadInVfork::ThreadInVfork() {
+  if (::pipe(ends_) != 0) std::abort();
+  thread_ = std::thread([this] {
+    tid_ = ::gettid();
+    while (!go_) ::usleep(100);
+    const pid_t child = ::vfork();
+    if (child == 0) {
+      char byte;
+      (void)!::read(ends_[0], &byte, 1);
+      ::_exit(0);
+    }
+    ::waitpid(child, nullptr, 0);
+  });
+  while (tid_ == 0) ::usleep(100);
+}
+
+void ThreadInVfork::Enter() {
+  go_ = true;
+  const std::string children = "/proc/self/task/" + std::to_string(tid_) + "/children";
+  for (std::string child; child.empty(); ::usleep(1000)) std::ifstream(children) >> child;
+}
+
+void ThreadInVfork::Leave() {
+  if (!thread_.joinable()) return;
+  go_ = true;
+  (void)!::write(ends_[1], "x", 1);
+  thread_.join();
+  ::close(ends_[0]);
+  ::close(ends_[1]);
 }
 
 bool InChild(const std::function<bool()>& body) {

@@ -13,6 +13,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <thread>
 
 #include "unmoor/background_remapper.h"
 #include "unmoor/direct_map.h"
@@ -62,6 +63,24 @@ class Hazard : public ::testing::Test {
   char* memory_ = nullptr;
   std::optional<unmoor::PageImage> image_;
   std::optional<unmoor::DirectMap> map_;
+};
+
+// A thread that goes into a vfork, where no signal reaches it. (ThreadSanitizer makes a fork of
+// every vfork.)
+class ThreadInVfork {
+ public:
+  ThreadInVfork();
+  ThreadInVfork(const ThreadInVfork&) = delete;
+  ThreadInVfork& operator=(const ThreadInVfork&) = delete;
+  ~ThreadInVfork() { Leave(); }
+  void Enter();  // and is there on return
+  void Leave();  // and has ended on return
+
+ private:
+  int ends_[2] = {-1, -1};  // of the pipe that keeps the child
+  std::atomic<bool> go_{false};
+  std::atomic<pid_t> tid_{0};
+  std::thread thread_;
 };
 
 // Runs `body` in a forked child; true when it returned true and nothing killed it.

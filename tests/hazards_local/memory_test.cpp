@@ -142,6 +142,35 @@ TEST_F(Memory, GrownAgainReadsZero) {
   }
 }
 
+// Where it was cut off is made safe with everybody at rest. Without that the growth itself has to
+// be.
+TEST_F(Memory, GrownByMovingReadsZeroAlsoWhileAThreadDoesNotComeToRest) {
+#if defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "ThreadSanitizer makes a fork of every vfork, which does not hold its thread";
+#endif
+  EXPECT_TRUE(InChild([&] {
+    ThreadInVfork restless;
+    Map();
+    auto remapper = Start();
+    remapper.Pause();
+    restless.Enter();
+    char* cut = memory() + 6 * kMiB;
+    if (::munmap(cut, 2 * kMiB) != 0) return false;
+    ::mmap(cut, kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+    void* grown = ::mremap(memory(), 6 * kMiB, 8 * kMiB, MREMAP_MAYMOVE);
+    EXPECT_NE(grown, MAP_FAILED) << std::strerror(errno);
+    if (grown == MAP_FAILED) return false;
+    const char* fresh = static_cast<char*>(grown) + 6 * kMiB;
+    EXPECT_TRUE(IsZero(fresh, 2 * kMiB));
+    restless.Leave();
+    remapper.Resume();
+    while (remapper.Wait(kLimit).code() == unmoor::StatusCode::kBusy) remapper.Resume();
+    EXPECT_EQ(remapper.progress().status, unmoor::RemapStatus::kReady);
+    EXPECT_TRUE(IsZero(fresh, 2 * kMiB));
+    return !HasFailure();
+  }));
+}
+
 TEST_F(Memory, LeftBehindByAMoveIsEmpty) {
   Map();
   auto remapper = Start();

@@ -90,10 +90,11 @@ std::string NameOf(const Area& area) {
 // --- what the carriers of one remapper share ----------------------------------------------------
 
 RemapShare::RemapShare(std::shared_ptr<Watcher> watcher, std::vector<ScopeRange> scope,
-                       std::vector<ImageSource> sources)
+                       std::vector<ImageSource> sources, bool verify)
     : watcher_(std::move(watcher)),
       scope_(std::move(scope)),
       sources_(std::move(sources)),
+      verify_(verify),
       memory_room_(OwnPid()) {}
 
 RemapShare::~RemapShare() {
@@ -131,16 +132,20 @@ Result<> RemapShare::WatchScope() {
       if (part.empty()) continue;
       Area area;
       area.range = part;
+      area.file_vma = vma.range;
       area.inode = vma.inode;
       area.dev_major = vma.dev_major;
       area.dev_minor = vma.dev_minor;
       area.offset = (vma.offset + (part.begin - vma.range.begin)).value;
-      const std::lock_guard lock(mutex_);
       locks.address_space.Acquire();
       const bool room = AddImage(DeviceOf(area), area.inode);
       locks.address_space.Release();
       if (!room) return Errno(ENOMEM, "too many page images are being remapped at once");
-      watched_.push_back(std::move(area));
+      {
+        const std::lock_guard lock(mutex_);
+        watched_.push_back(area);
+      }
+      (void)ImageOf(area);  // memory that grows is zeroed where its file has data: from now on
       UNMOOR_TRY(watcher_->Watch(part));
     }
   }
@@ -256,13 +261,13 @@ Result<RemapShare::Mirror> RemapShare::MakeMirror(const Area& area) const {
   return Mirror{area, reserved};
 }
 
-const RemapShare::Image* RemapShare::ImageOf(const Area& area, bool verify) {
+const RemapShare::Image* RemapShare::ImageOf(const Area& area) {
   const std::lock_guard lock(mutex_);
   for (const auto& [known, image] : images_) {
     const bool same = known.inode == area.inode && DeviceOf(known) == DeviceOf(area);
     if (same && image->fd >= 0) return image.get();
   }
-  auto image = std::make_unique<Image>(OpenImage(area, verify));
+  auto image = std::make_unique<Image>(OpenImage(area));
   locks.address_space.Acquire();
   SetImageFile(DeviceOf(area), area.inode, image->fd);
   locks.address_space.Release();
@@ -272,7 +277,7 @@ const RemapShare::Image* RemapShare::ImageOf(const Area& area, bool verify) {
 
 // The caller's knowledge first; then the file by its name, if it is still the same file; then by
 // /proc, where our rights allow. Without any of these pages are read through the mapping.
-RemapShare::Image RemapShare::OpenImage(const Area& area, bool verify) const {
+RemapShare::Image RemapShare::OpenImage(const Area& area) const {
   Image image;
   for (const ImageSource& source : sources_) {
     const VaddrRange part = source.memory.Intersect(area.range);
@@ -296,7 +301,7 @@ RemapShare::Image RemapShare::OpenImage(const Area& area, bool verify) const {
     break;
   }
   constexpr std::string_view kPages = ".pages";
-  if (!verify || image.fd < 0 || !image.path.ends_with(kPages)) return image;
+  if (!verify_ || image.fd < 0 || !image.path.ends_with(kPages)) return image;
   const std::string index = image.path.substr(0, image.path.size() - kPages.size()) + ".index";
   auto layer = LayerReader::Open(image.path, index);
   if (!layer || !IsFileOf(layer->pages_fd().get(), area) || !layer->LoadHashes()) return image;
@@ -402,7 +407,7 @@ Result<> LocalCarrier::AdoptMoved(const Area& area, const RangeSet& refused) {
 }
 
 Result<> LocalCarrier::PlanPart(const Area& whole, VaddrRange part, bool guarded) {
-  const RemapShare::Image* image = share_->ImageOf(whole, options_.verify);
+  const RemapShare::Image* image = share_->ImageOf(whole);
   Planned planned;
   planned.planned.area = Cut(whole, part);
   planned.image = image;

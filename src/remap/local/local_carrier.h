@@ -52,8 +52,9 @@ struct LocalOptions {
 // direct-mapped.
 class RemapShare {
  public:
+  // `verify`: images are opened with their hashes.
   RemapShare(std::shared_ptr<Watcher> watcher, std::vector<ScopeRange> scope,
-             std::vector<ImageSource> sources);
+             std::vector<ImageSource> sources, bool verify);
   ~RemapShare();
   RemapShare(const RemapShare&) = delete;
   RemapShare& operator=(const RemapShare&) = delete;
@@ -77,7 +78,7 @@ class RemapShare {
     std::string path;
     std::shared_ptr<const LayerReader> layer;  // null: nothing to verify with
   };
-  [[nodiscard]] const Image* ImageOf(const Area& area, bool verify);
+  [[nodiscard]] const Image* ImageOf(const Area& area);
 
   // What copies take.
   [[nodiscard]] MemoryRoom& memory_room() { return memory_room_; }
@@ -96,11 +97,12 @@ class RemapShare {
   // What of `range` is in the scope or adopted.
   [[nodiscard]] std::vector<VaddrRange> KnownParts(VaddrRange range) const;
   [[nodiscard]] Result<Mirror> MakeMirror(const Area& area) const;
-  [[nodiscard]] Image OpenImage(const Area& area, bool verify) const;
+  [[nodiscard]] Image OpenImage(const Area& area) const;
 
   std::shared_ptr<Watcher> watcher_;
   const std::vector<ScopeRange> scope_;
   const std::vector<ImageSource> sources_;
+  const bool verify_;
   MemoryRoom memory_room_;
   mutable std::mutex mutex_;
   std::vector<Mirror> mirrors_;

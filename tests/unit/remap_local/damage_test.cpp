@@ -93,5 +93,23 @@ TEST_F(Damage, ATruncatedImageIsReportedNotRunInto) {
   }
 }
 
+// Without the layer's index nothing tells that there was data: the pages would come out as zeros.
+TEST_F(Damage, WhatIsCutOffAnImageGivenByItsAddressesAloneStays) {
+  MakeImage(16 * kMiB);
+  Map();
+  ASSERT_EQ(::truncate(PagesFile().c_str(), FindInFile(4 * kMiB)), 0);
+  const unmoor::RemapRange range{{memory(), size()}};
+  auto remapper = unmoor::BackgroundRemapper::Start(std::span(&range, 1));
+  ASSERT_TRUE(remapper.ok()) << remapper.status().message();
+  const auto status = remapper->Wait(kLimit);
+  EXPECT_EQ(status.code(), StatusCode::kDamaged) << status.message();
+  EXPECT_NE(status.message().find("truncated"), std::string::npos) << status.message();
+  const auto process = unmoor::QueryStatus();
+  ASSERT_TRUE(process.ok());
+  EXPECT_EQ(process->status, RemapStatus::kNever);
+  EXPECT_EQ(process->direct_mapped_bytes, 12 * kMiB);
+  ExpectPattern(0, 4 * kMiB);
+}
+
 }  // namespace
 }  // namespace hazards
