@@ -21,11 +21,12 @@ ROOMS = {
     "image": {"base", "os"},
     "remap": LOW,
     "library": LOW | {"remap"},
-    "agent": LOW | {"remap"},
+    "lazy": LOW,
+    "agent": LOW | {"remap", "lazy"},
     "criu": LOW,
     "store": LOW | {"criu"},
     "checkpoint": LOW | {"remap", "agent", "criu"},
-    "restore": LOW | {"remap", "agent", "criu"},
+    "restore": LOW | {"remap", "lazy", "agent", "criu"},
 }
 SOURCE_SUFFIXES = (".h", ".hpp", ".c", ".cc", ".cpp", ".inc", ".S")
 FREESTANDING_LINES = 15

@@ -6,6 +6,7 @@
 #include <optional>
 #include <set>
 
+#include "agent/lazy_server.h"
 #include "agent/progress_file.h"
 #include "agent/put_back.h"
 #include "agent/supervisor.h"
@@ -41,6 +42,15 @@ Result<std::optional<RemapReport>> FollowAgent(
   }
 }
 
+// A child forked while its parent's memory was brought has its own brought soon. By another's
+// userfaultfd it may never be.
+Result<RemapReport> AwaitLazy(Pid pid) {
+  constexpr Nanos kPatience(60'000'000'000);
+  UNMOOR_ASSIGN(const ProcessStatus status, WaitReady(pid, kPatience, {}));
+  if (status.status == Status::kReady) return RemapReport{};
+  return MachineError("process {}: {}", pid.value, status.reason);
+}
+
 }  // namespace
 
 WaitingAgent::WaitingAgent(Fd socket, StartingDaemon process)
@@ -65,6 +75,12 @@ Result<WaitingAgent> WaitingAgent::Begin(const AgentOptions& options, const std:
   return WaitingAgent(std::move(supervisor.socket), std::move(supervisor.process));
 }
 
+Result<WaitingAgent> WaitingAgent::BeginLazy(const LazyImage& image, const AgentOptions& options,
+                                            const std::string& view) {
+  UNMOOR_ASSIGN(SupervisorHandle server, StartLazyServer(image, options, view));
+  return WaitingAgent(std::move(server.socket), std::move(server.process));
+}
+
 Result<> WaitingAgent::Started() {
   UNMOOR_ASSIGN(pid_, process_->Wait());
   return {};
@@ -77,11 +93,11 @@ Result<> WaitingAgent::Guard(Pid criu) {
   return PostMessage(socket_.get(), message);
 }
 
-Result<> WaitingAgent::Expect(size_t tasks) {
+Result<> WaitingAgent::Expect(size_t tasks, int listener) {
   AgentMessage message;
   message.kind = AgentMessage::Kind::kExpect;
   message.tasks = tasks;
-  return PostMessage(socket_.get(), message);
+  return PostMessage(socket_.get(), message, listener);
 }
 
 Result<> WaitingAgent::Adopt(const std::vector<Pid>& tasks, const std::vector<Pid>& stay_stopped) {
@@ -147,6 +163,15 @@ Result<> PutBack(const std::vector<PutBackTask>& tasks, const AgentOptions& opti
   return {};
 }
 
+std::optional<std::string> WaitingAgent::WhatFailed() {
+  while (WaitReadable(socket_.get(), Nanos(0)).value_or(false)) {
+    const auto message = NextMessage(socket_.get());
+    if (!message || !*message) return std::nullopt;
+    if ((*message)->kind == AgentMessage::Kind::kFailed) return (*message)->text;
+  }
+  return std::nullopt;
+}
+
 Result<RemapReport> RemapProcess(Pid pid, const AgentOptions& options,
                                  const std::function<void(const RemapReport&)>& progress) {
   UNMOOR_ASSIGN(const ProcessStatus status, QueryStatus(pid));
@@ -155,6 +180,7 @@ Result<RemapReport> RemapProcess(Pid pid, const AgentOptions& options,
     UNMOOR_ASSIGN(const auto report, FollowAgent(pid, progress));
     if (report) return *report;
   }
+  if (status.lazy.value != 0) return AwaitLazy(pid);
   UNMOOR_ASSIGN(SupervisorHandle supervisor, StartSupervisor({{pid, false, false}}, options));
   UNMOOR_TRY(supervisor.process.Wait());
   const int socket = supervisor.socket.get();

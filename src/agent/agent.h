@@ -23,6 +23,8 @@
 
 namespace unmoor {
 
+struct LazyImage;
+
 enum class ThpPolicy {
   kAuto,   // 2 MiB blocks whose pages are all present get a huge page, unless the system says never
   kNever,  // 4 KiB pages only
@@ -64,6 +66,7 @@ struct ProcessStatus {
   Bytes direct_mapped;              // address space still mapping a page image
   Bytes direct_mapped_data;         // of which the image holds data
   std::vector<std::string> images;  // the page images still mapped
+  Bytes lazy;  // address space whose pages somebody unknown still brings, by a userfaultfd
   std::optional<Pid> agent;         // the agent at work, if any
   std::optional<RemapReport> progress;
 };
@@ -82,6 +85,11 @@ class WaitingAgent {
   // thread only, and not as a subreaper. Returns before the agent is up: Started() waits for that.
   [[nodiscard]] static Result<WaitingAgent> Begin(const AgentOptions& options,
                                                   const std::string& view);
+  // The same for `criu restore --lazy-pages`: a server of the memory, which must not change before
+  // it has been let go of.
+  [[nodiscard]] static Result<WaitingAgent> BeginLazy(const LazyImage& image,
+                                                      const AgentOptions& options,
+                                                      const std::string& view);
   WaitingAgent(WaitingAgent&&) noexcept = default;
   WaitingAgent& operator=(WaitingAgent&&) = delete;
   ~WaitingAgent();
@@ -91,12 +99,15 @@ class WaitingAgent {
   // Should we die from here on, `criu` and all below it is ended.
   [[nodiscard]] Result<> Guard(Pid criu);
   // So many tasks will probably come: so many workers are made ready.
-  [[nodiscard]] Result<> Expect(size_t tasks);
+  // Lazy: criu will connect to `listener`.
+  [[nodiscard]] Result<> Expect(size_t tasks, int listener = -1);
   // Puts the guards in place, in the background; those in `stay_stopped` will not be let run.
   [[nodiscard]] Result<> Adopt(const std::vector<Pid>& tasks, const std::vector<Pid>& stay_stopped);
   // Once everything adopted is guarded: lets it run. None of the program's signal handlers, nor its
   // job-control state, notices. Returns the agent's pid. On failure nothing was resumed.
   [[nodiscard]] Result<Pid> LetRun();
+  // Why it has given up, if it has said so; for when criu has failed.
+  [[nodiscard]] std::optional<std::string> WhatFailed();
 
  private:
   WaitingAgent(Fd socket, StartingDaemon process);
@@ -116,6 +127,10 @@ class WaitingAgent {
 
 // Derived from /proc/PID: right for any process, whoever mapped it.
 [[nodiscard]] Result<ProcessStatus> QueryStatus(Pid pid);
+
+// Why unmoor ended the process that had this id last: a page of it could not be brought (lazy
+// restore). Nothing when it did not.
+[[nodiscard]] std::optional<std::string> WhyEnded(Pid pid);
 
 // Blocks until `pid` is READY (or NEVER), at most `timeout` (negative: for ever).
 [[nodiscard]] Result<ProcessStatus> WaitReady(

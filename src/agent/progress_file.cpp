@@ -24,6 +24,7 @@ json ToJson(const ProgressFile& p) {
           {"worker", p.worker.value},
           {"supervisor", p.supervisor.value},
           {"finished", p.finished},
+          {"lazy", p.lazy},
           {"problem", p.problem},
           {"total", r.total.value},
           {"done", r.done.value},
@@ -43,6 +44,7 @@ ProgressFile FromJson(const json& j) {
   p.worker = Pid{j.at("worker").get<int>()};
   p.supervisor = Pid{j.at("supervisor").get<int>()};
   p.finished = j.at("finished").get<bool>();
+  p.lazy = j.value("lazy", false);  // older agents do not say
   p.problem = j.at("problem").get<std::string>();
   p.report.total = Bytes(j.at("total").get<uint64_t>());
   p.report.done = Bytes(j.at("done").get<uint64_t>());
@@ -54,6 +56,17 @@ ProgressFile FromJson(const json& j) {
   p.report.elapsed = Nanos(j.at("elapsed_ns").get<int64_t>());
   p.report.copy_rate = j.at("copy_rate").get<double>();
   return p;
+}
+
+// Of this process or an earlier one of that id.
+std::optional<ProgressFile> ReadWhoevers(Pid pid) {
+  const auto text = ReadFile(PathFor(pid), Bytes(65536));
+  if (!text) return std::nullopt;
+  try {
+    return FromJson(json::parse(*text));
+  } catch (const json::exception&) {
+    return std::nullopt;
+  }
 }
 
 // ".json.WRITER" or ".image.WRITER": not renamed yet, and nobody is left to do it.
@@ -80,16 +93,18 @@ Result<> WriteProgress(const ProgressFile& progress) {
 }
 
 std::optional<ProgressFile> ReadProgress(Pid pid) {
-  const auto text = ReadFile(PathFor(pid), Bytes(65536));
-  if (!text) return std::nullopt;
-  try {
-    ProgressFile progress = FromJson(json::parse(*text));
-    const auto process = ReadProcess(pid);
-    if (!process || process->start_time != progress.start_time) return std::nullopt;
-    return progress;
-  } catch (const json::exception&) {
+  auto progress = ReadWhoevers(pid);
+  const auto process = ReadProcess(pid);
+  if (!progress || !process || process->start_time != progress->start_time) return std::nullopt;
+  return progress;
+}
+
+std::optional<std::string> WhyEnded(Pid pid) {
+  const auto progress = ReadWhoevers(pid);
+  if (!progress || !progress->lazy || !progress->finished || progress->problem.empty()) {
     return std::nullopt;
   }
+  return progress->problem;
 }
 
 std::optional<Pid> AgentAtWork(const ProgressFile& progress) {

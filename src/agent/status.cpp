@@ -26,6 +26,30 @@ Bytes DataOf(Pid pid, const VmaInfo& vma) {
   return total;
 }
 
+// Memory that somebody brings page by page through a userfaultfd: what has not come is missing in
+// /proc/PID/pagemap, so a checkpoint would lose it.
+Result<Bytes> BroughtLazily(Pid pid) {
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid));
+  Bytes total;
+  for (const VmaInfo& vma : vmas) {
+    if (vma.HasFlag("um")) total += vma.range.size();
+  }
+  return total;
+}
+
+std::string TimeLeft(Bytes left, const RemapReport& report) {
+  if (report.copy_rate <= 0) return {};
+  const double seconds = static_cast<double>(left.value) / report.copy_rate;
+  return fmt::format(", about {}", HumanTime(Nanos(static_cast<int64_t>(seconds * 1e9))));
+}
+
+std::string LazyReason(const ProgressFile& progress) {
+  if (!progress.problem.empty()) return progress.problem;
+  const RemapReport& report = progress.report;
+  const Bytes left = report.total - report.done - report.dropped;
+  return fmt::format("{} of its memory to come{}", HumanBytes(left), TimeLeft(left, report));
+}
+
 std::string LaterReason(const ProcessStatus& status, const std::optional<ProgressFile>& progress) {
   const std::string left = HumanBytes(status.direct_mapped_data);
   if (progress && !progress->problem.empty()) return progress->problem;
@@ -33,11 +57,8 @@ std::string LaterReason(const ProcessStatus& status, const std::optional<Progres
     return fmt::format("{} still mapped from a page image and no agent at work; run `unmoor remap`",
                        left);
   }
-  if (!progress || progress->report.copy_rate <= 0) return fmt::format("{} to go", left);
-  const double seconds =
-      static_cast<double>(status.direct_mapped_data.value) / progress->report.copy_rate;
-  return fmt::format("{} to go, about {}", left,
-                     HumanTime(Nanos(static_cast<int64_t>(seconds * 1e9))));
+  if (!progress) return fmt::format("{} to go", left);
+  return fmt::format("{} to go{}", left, TimeLeft(status.direct_mapped_data, progress->report));
 }
 
 bool IsAnythingLeft(Pid pid) {
@@ -56,12 +77,16 @@ std::string RuntimeDirectory() {
 
 Result<ProcessStatus> QueryStatus(Pid pid) {
   const auto process = ReadProcess(pid);
-  if (!process) return UserError("no process {}", pid.value);
+  if (!process) {
+    if (const auto why = WhyEnded(pid)) return UserError("process {} was ended: {}", pid.value, *why);
+    return UserError("no process {}", pid.value);
+  }
   ProcessStatus status;
   if (process->ended()) {
     status.status = Status::kNever;
-    status.reason =
-        fmt::format("process {} ({}) has ended and waits for its parent", pid.value, process->name);
+    const auto why = WhyEnded(pid);
+    status.reason = fmt::format("process {} ({}) has ended and waits for its parent{}", pid.value,
+                                process->name, why ? "; it was ended: " + *why : "");
     return status;
   }
   if (process->kernel_thread) {
@@ -89,11 +114,18 @@ Result<ProcessStatus> QueryStatus(Pid pid) {
     status.reason = LaterReason(status, progress);
   } else if (status.agent) {
     status.status = Status::kLater;
-    status.reason = "the agent is leaving the program";
+    status.reason = progress->lazy ? LazyReason(*progress) : "the agent is leaving the program";
   } else if (progress && (!progress->finished || !progress->problem.empty()) &&
              IsAnythingLeft(pid)) {
     status.status = Status::kLater;
     status.reason = "its agent died and left traces in it; run `unmoor remap` to remove them";
+  } else {
+    UNMOOR_ASSIGN(status.lazy, BroughtLazily(pid));
+    if (status.lazy.value == 0) return status;
+    status.status = Status::kLater;
+    status.reason = fmt::format(
+        "pages of {} of its memory may still have to be brought, through a userfaultfd",
+        HumanBytes(status.lazy));
   }
   return status;
 }

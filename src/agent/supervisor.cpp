@@ -2,8 +2,8 @@
 #include "agent/supervisor.h"
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
-#include <charconv>
 #include <csignal>
 #include <cstdlib>
 #include <deque>
@@ -11,12 +11,11 @@
 
 #include "agent/hold_off.h"
 #include "agent/progress_file.h"
+#include "agent/unfinished_restore.h"
 #include "agent/worker.h"
 #include "base/log.h"
 #include "os/daemon.h"
-#include "os/file.h"
 #include "os/process_control.h"
-#include "os/process_tree.h"
 #include "os/procfs.h"
 #include "os/socket.h"
 
@@ -31,14 +30,6 @@ constexpr Nanos kLastWords(5'000'000'000);
 constexpr Nanos kAsideLook(5'000'000);
 constexpr Nanos kAsideAgain(50'000'000);  // after coming back
 constexpr Nanos kBackLimit(60'000'000'000);
-
-AgentMessage MakeMessage(AgentMessage::Kind kind, Pid pid, std::string_view text = {}) {
-  AgentMessage message;
-  message.kind = kind;
-  message.pid = pid.value;
-  text.copy(message.text, sizeof(message.text) - 1);
-  return message;
-}
 
 // --- in the worker process
 // ------------------------------------------------------------------------
@@ -269,7 +260,7 @@ class Supervisor {
   Supervisor(AgentOptions options, Fd command)
       : options_(std::move(options)), command_(std::move(command)) {}
 
-  void AwaitTasks(std::string view) { view_ = std::move(view); }
+  void AwaitTasks(std::string view) { restore_.emplace(std::move(view)); }
 
   Result<> Start(WorkerTask task, Fd uffd) {
     Child child;
@@ -280,7 +271,7 @@ class Supervisor {
   }
 
   void Loop() {
-    while (!children_.empty() || view_) {
+    while (!children_.empty() || restore_) {
       std::vector<int> fds = {command_.get()};
       for (const Child& child : children_) fds.push_back(child.socket.get());
       const bool idle = untold_.empty() && ended_.empty();
@@ -320,7 +311,7 @@ class Supervisor {
       child.uffd.Reset();
       children_.clear();  // `child` may be one of them
       command_.Reset();
-      criu_.Reset();
+      restore_.reset();
       pair.ours.Reset();
       if (spare) SpareMain(options_, std::move(pair.theirs));
       WorkerMain(task, options_, std::move(pair.theirs), std::move(uffd));
@@ -334,7 +325,7 @@ class Supervisor {
     const auto message = NextMessage(command_.get());
     if (!message || !*message) {
       command_.Reset();  // the command has ended; we go on, unless the program does not run yet
-      if (view_) {
+      if (restore_) {
         EndRestored();
         GiveUp();
       }
@@ -342,10 +333,7 @@ class Supervisor {
     }
     switch ((*message)->kind) {
       case AgentMessage::Kind::kRestoring:
-        if (auto criu = OpenPidFd(Pid{(*message)->pid})) {
-          criu_ = std::move(*criu);
-          criu_pid_ = Pid{(*message)->pid};
-        }
+        if (restore_) restore_->CriuIs(Pid{(*message)->pid});
         return;
       case AgentMessage::Kind::kExpect:
         Prepare((*message)->tasks);
@@ -388,8 +376,7 @@ class Supervisor {
   }
 
   void Resume(const AgentMessage& message) {
-    view_.reset();
-    criu_.Reset();
+    restore_.reset();
     for (Child& child : children_) {
       if (child.spare) {
         ended_.push_back(child.worker);
@@ -420,30 +407,11 @@ class Supervisor {
 
   // The command died before the program ran: nothing of it is to stay.
   void EndRestored() {
-    // Below a criu that is at work, or below nobody once it has ended.
-    if (criu_.valid() && !WaitReadable(criu_.get(), Nanos(0)).value_or(true)) KillTree(criu_pid_);
-    if (const auto text = ReadFile(*view_ + "/pid", Bytes(64))) {
-      Pid root;
-      (void)std::from_chars(text->data(), text->data() + text->size(), root.value);
-      const auto process = ReadProcess(root);
-      if (process && (process->state == 'T' || process->state == 't')) KillTree(root);
-    }
+    std::vector<Pid> stopped;
     for (const Child& child : children_) {
-      if (child.task.task.stopped) (void)SendSignal(child.task.task.pid, SIGKILL);
+      if (child.task.task.stopped) stopped.push_back(child.task.task.pid);
     }
-    if (!view_->empty()) RemoveView();
-  }
-
-  // Whoever was killed may be making its last file there, and a criu that we were not told of ends
-  // by itself only in a moment.
-  void RemoveView() {
-    constexpr int kLooks = 5;
-    const Nanos began = MonotonicNow();
-    for (int gone = 0; gone < kLooks && MonotonicNow() - began < kLastWords;) {
-      (void)RemoveTree(*view_);
-      gone = Exists(*view_) ? 0 : gone + 1;
-      SleepFor(kLookAgain);
-    }
+    restore_->End(stopped);
   }
 
   // Workers end when their sockets do; the command may wait for our own end.
@@ -454,7 +422,7 @@ class Supervisor {
       child.socket.Reset();
     }
     children_.clear();
-    view_.reset();
+    restore_.reset();
     untold_.clear();
     while (!ended_.empty() && MonotonicNow() - began < kLastWords) {
       std::erase_if(ended_, [](Pid worker) { return ReapChild(worker).has_value(); });
@@ -539,12 +507,18 @@ class Supervisor {
   std::deque<AgentMessage> untold_;  // to the command
   std::vector<Pid> ended_;           // workers, not reaped yet
   std::list<Child> children_;
-  std::optional<std::string> view_;  // until the program runs
-  Pid criu_pid_;
-  Fd criu_;
+  std::optional<UnfinishedRestore> restore_;  // until the program runs
 };
 
 }  // namespace
+
+AgentMessage MakeMessage(AgentMessage::Kind kind, Pid pid, std::string_view text) {
+  AgentMessage message;
+  message.kind = kind;
+  message.pid = pid.value;
+  text.copy(message.text, sizeof(message.text) - 1);
+  return message;
+}
 
 Result<std::optional<AgentMessage>> NextMessage(int socket, Fd* passed) {
   AgentMessage message;
@@ -570,7 +544,7 @@ Result<SupervisorHandle> StartSupervisor(const std::vector<SupervisorTask>& task
                                          const std::optional<std::string>& view) {
   UNMOOR_ASSIGN(StreamPair pair, CreateMessagePair());
   UNMOOR_ASSIGN(std::optional<StartingDaemon> daemon,
-                ForkDaemon(pair.theirs.get(), options.log_file, "unmoor-agent"));
+                ForkDaemon(std::array{pair.theirs.get()}, options.log_file, "unmoor-agent"));
   if (daemon) {
     pair.theirs.Reset();
     return SupervisorHandle{std::move(pair.ours), *std::move(daemon)};

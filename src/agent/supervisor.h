@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "agent/agent.h"
@@ -27,7 +28,8 @@ struct AgentMessage {
     kProblem,    // worker: text says why the remap does not go on; it watches and tries again
     kFailed,     // worker: text says why it gave up; the program goes on direct-mapped
     kRestoring,  // command → supervisor: pid is the criu at work
-    kExpect,     // command → supervisor: so many tasks will probably come
+    kExpect,     // command → supervisor: so many tasks will probably come (lazy: and where criu
+                 // is going to connect to, a listening socket)
     kAdopt,      // command → supervisor → worker: a restored task, stopped by SIGSTOP
     kResume,     // command → supervisor → worker: the program runs
     kStandDown,  // command → supervisor: it will not
@@ -39,6 +41,10 @@ struct AgentMessage {
   RemapReport report;
   char text[512] = {};
 };
+
+// `text` is cut to what fits.
+[[nodiscard]] AgentMessage MakeMessage(AgentMessage::Kind kind, Pid pid,
+                                       std::string_view text = {});
 
 struct SupervisorTask {
   Pid pid;

@@ -164,8 +164,13 @@ Result<> Dumper::FinishRemapOf(Pid pid) {
     return UserError("process {} cannot be checkpointed: {}", Describe(pid), status.reason);
   }
   report_.remapped_first = true;
-  spdlog::warn("process {} still maps {} of its image; finishing the remap first", Describe(pid),
-               HumanBytes(status.direct_mapped));
+  if (status.direct_mapped.value != 0) {
+    spdlog::warn("process {} still maps {} of its image; finishing the remap first", Describe(pid),
+                 HumanBytes(status.direct_mapped));
+  } else {
+    spdlog::warn("process {} is not ready yet ({}); waiting for that first", Describe(pid),
+                 status.reason);
+  }
   UNMOOR_TRY(RemapWithin(pid, options_.remap_timeout, [&](const RemapReport& progress) {
     if (observer_.remapping) observer_.remapping(pid, progress);
   }));

@@ -70,6 +70,14 @@ Result<std::vector<PlannedVma>> PageRouter::Plan(uint32_t vpid, Pid pid) {
     layers.whole = options_.parent->MappedRanges(vpid);
   }
   for (const VmaInfo& vma : vmas) {
+    if (vma.HasFlag("um")) {
+      // What has not come yet is missing in the pagemap, so CRIU would not send it.
+      must_be_remapped_ = true;
+      return MachineError(
+          "pages of process {} at {} may still have to come (a lazy restore, or another's "
+          "userfaultfd); 'unmoor wait -t {}', then dump once more",
+          pid.value, vma.range, pid.value);
+    }
     if (!MapsPageImage(vma) || (layers.find && layers.find(vma))) continue;
     must_be_remapped_ = options_.still_mapped;
     // Without it the remap was finished before; what appeared since would make the checkpoint

@@ -209,6 +209,36 @@ Result<std::vector<std::string>> MergePages(const std::string& criu_directory,
   return std::vector<std::string>{name, pages_name};
 }
 
+std::vector<PagemapEntry> MarkLazy(std::span<const PagemapEntry> entries,
+                                   std::span<const DirectMapping> lazy) {
+  std::vector<PagemapEntry> marked;
+  auto next = lazy.begin();
+  for (const PagemapEntry& entry : entries) {
+    for (Vaddr at = entry.range.begin; at < entry.range.end;) {
+      while (next != lazy.end() && next->range.end <= at) ++next;
+      const bool inside = next != lazy.end() && next->range.Contains(at);
+      Vaddr end = entry.range.end;
+      if (next != lazy.end()) end = std::min(end, inside ? next->range.end : next->range.begin);
+      const uint32_t flags = inside ? entry.flags | kPageLazy : entry.flags & ~kPageLazy;
+      marked.push_back({{at, end}, flags, {}});
+      at = end;
+    }
+  }
+  return marked;
+}
+
+// Of what is in CRIU's directory and not in the view.
+Result<> LinkTheRest(const std::string& criu_directory, const std::string& view_directory,
+                     const std::set<std::string>& written) {
+  UNMOOR_ASSIGN(const std::vector<std::string> names, ListDirectory(criu_directory));
+  for (const std::string& name : names) {
+    // What criu writes itself during the restore must not go through a link.
+    if (written.contains(name) || name == "stats-restore") continue;
+    UNMOOR_TRY(SymbolicLink(criu_directory + "/" + name, view_directory + "/" + name));
+  }
+  return {};
+}
+
 }  // namespace
 
 std::string LayerKey(uint32_t layer) {
@@ -242,14 +272,26 @@ Result<> RewriteForDirectMap(const std::string& criu_directory, const std::strin
   }
   UNMOOR_TRY(WriteFile(view_directory + "/files.img", files.data(), 0600));
   written.insert("files.img");
+  return LinkTheRest(criu_directory, view_directory, written);
+}
 
+Result<> RewriteForLazyPages(const std::string& criu_directory, const std::string& view_directory,
+                             std::span<const TaskMapping> tasks) {
+  UNMOOR_CHECK(criu_directory.starts_with('/'));
+  UNMOOR_ASSIGN(const std::vector<std::string> present, ListDirectory(view_directory));
+  std::set<std::string> written(present.begin(), present.end());
   UNMOOR_ASSIGN(const std::vector<std::string> names, ListDirectory(criu_directory));
   for (const std::string& name : names) {
-    // What criu writes itself during the restore must not go through a link.
-    if (written.contains(name) || name == "stats-restore") continue;
-    UNMOOR_TRY(SymbolicLink(criu_directory + "/" + name, view_directory + "/" + name));
+    const auto id = ParsePagemapName(name);
+    if (!id || id->kind != StreamKind::kTask) continue;
+    UNMOOR_ASSIGN(const Pagemap pagemap, ReadPagemap(criu_directory, *id));
+    const auto task = std::ranges::find(tasks, id->id, &TaskMapping::vpid);
+    const auto lazy = task == tasks.end() ? std::span<const DirectMapping>() : task->mappings;
+    const std::string image = EncodePagemap(pagemap.pages_id, MarkLazy(pagemap.entries, lazy));
+    UNMOOR_TRY(WriteFile(view_directory + "/" + name, image, 0600));
+    written.insert(name);
   }
-  return {};
+  return LinkTheRest(criu_directory, view_directory, written);
 }
 
 Result<> MakeAnonymousAgain(const std::string& criu_directory, std::span<const MappedTask> tasks) {

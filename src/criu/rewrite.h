@@ -10,6 +10,8 @@
 //
 // And the way back, for a program that was dumped while it was mapped: its metadata becomes what
 // it would be had the memory been anonymous already.
+//
+// For `criu restore --lazy-pages` only the pagemaps are new: criu loads all but what is marked.
 #pragma once
 
 #include <cstdint>
@@ -62,5 +64,11 @@ struct MappedTask {
 // anonymous, and files only they refer to are forgotten.
 [[nodiscard]] Result<> MakeAnonymousAgain(const std::string& criu_directory,
                                           std::span<const MappedTask> tasks);
+
+// The view of a restore whose mapped ranges criu leaves empty, for a lazy-pages server to fill. Its
+// own marks (a dump sets them on all that could be lazy) are taken away everywhere else.
+[[nodiscard]] Result<> RewriteForLazyPages(const std::string& criu_directory,
+                                           const std::string& view_directory,
+                                           std::span<const TaskMapping> tasks);
 
 }  // namespace unmoor::criu

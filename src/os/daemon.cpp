@@ -3,7 +3,9 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -19,9 +21,14 @@ namespace {
 
 volatile sig_atomic_t signal_seen = 0;
 
-void CloseAllBut(int keep) {
-  if (keep > 3) ::close_range(3, static_cast<unsigned>(keep) - 1, 0);
-  ::close_range(static_cast<unsigned>(std::max(keep, 2)) + 1, ~0U, 0);
+void CloseAllBut(std::span<const int> keep) {
+  unsigned from = 3;
+  for (const int fd : keep) {
+    const auto kept = static_cast<unsigned>(fd);
+    if (kept > from) ::close_range(from, kept - 1, 0);
+    from = std::max(from, kept + 1);
+  }
+  ::close_range(from, ~0U, 0);
 }
 
 void DetachStreams(const std::string& log_file) {
@@ -42,7 +49,8 @@ Result<Pid> ForkProcess() {
   return Pid{pid};
 }
 
-Result<std::optional<StartingDaemon>> ForkDaemon(int keep, const std::string& log_file,
+Result<std::optional<StartingDaemon>> ForkDaemon(std::span<const int> keep,
+                                                 const std::string& log_file,
                                                  const std::string& name) {
   UNMOOR_ASSIGN(Pipe pipe, Pipe::Create());
   UNMOOR_ASSIGN(const Pid middle, ForkProcess());
@@ -75,6 +83,12 @@ Result<Pid> StartingDaemon::Wait() {
   ::waitpid(std::exchange(middle_, Pid{}).value, nullptr, 0);
   if (n != sizeof(daemon) || daemon < 0) return MachineError("cannot start the agent");
   return Pid{daemon};
+}
+
+Result<Pid> ForkSharingDescriptors() {
+  const long pid = ::syscall(SYS_clone, CLONE_FILES | SIGCHLD, nullptr, nullptr, nullptr, 0);
+  if (pid < 0) return SystemError(errno, "cannot fork");
+  return Pid{static_cast<int>(pid)};
 }
 
 Result<Fd> Duplicate(int fd) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,7 +16,7 @@ namespace unmoor {
 // fork(2): pid 0 in the child.
 [[nodiscard]] Result<Pid> ForkProcess();
 // A process of its own session, not our child, with standard streams on /dev/null (stderr on a log
-// file if asked for) and no descriptor but one. Becoming that takes two forks; meanwhile the caller
+// file if asked for) and no descriptors but those to keep. Becoming that takes two forks; meanwhile the caller
 // has this.
 class StartingDaemon {
  public:
@@ -31,10 +32,13 @@ class StartingDaemon {
   Pid middle_;
   Fd pipe_;
 };
-// Keeps `keep`. Nothing in the new process, whose comm is `name`.
-[[nodiscard]] Result<std::optional<StartingDaemon>> ForkDaemon(int keep,
+// Keeps `keep`, ascending. Nothing in the new process, whose comm is `name`.
+[[nodiscard]] Result<std::optional<StartingDaemon>> ForkDaemon(std::span<const int> keep,
                                                                const std::string& log_file,
                                                                const std::string& name);
+// fork(2) with one table of descriptors for both: what one of them opens, receives or closes, both
+// have or have not; it stays open until the last one has ended.
+[[nodiscard]] Result<Pid> ForkSharingDescriptors();
 [[nodiscard]] Result<Fd> Duplicate(int fd);  // close-on-exec
 // Without running destructors or atexit handlers.
 [[noreturn]] void ExitProcess(int code);

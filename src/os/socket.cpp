@@ -1,13 +1,17 @@
 // See socket.h.
 #include "os/socket.h"
 
+#include <fcntl.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <sys/un.h>
 #include <unistd.h>
+
 #include <array>
+#include <cerrno>
 #include <cstring>
 
-#include <cerrno>
+#include "os/file.h"
 
 namespace unmoor {
 
@@ -116,6 +120,34 @@ Result<ReceivedMessage> ReceiveMessage(int fd, std::span<std::byte> data, const 
     received.passed = Fd(passed);
   }
   return received;
+}
+
+Result<Fd> ListenInDirectory(const std::string& directory, const std::string& name) {
+  UNMOOR_ASSIGN(const Fd parent, OpenFile(directory, O_PATH | O_DIRECTORY));
+  Fd listener(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  // A path of any length by way of its descriptor: an address has room for 107 bytes.
+  const std::string path = fmt::format("/proc/self/fd/{}/{}", parent.get(), name);
+  UNMOOR_CHECK(path.size() < sizeof(address.sun_path));
+  path.copy(address.sun_path, path.size());
+  // SAFETY: as bind(2) wants it.
+  if (!listener.valid() ||
+      ::bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0 ||
+      ::listen(listener.get(), 1) != 0) {
+    return SystemError(errno, fmt::format("cannot listen at {}/{}", directory, name));
+  }
+  return listener;
+}
+
+Result<Fd> AcceptConnection(int listener) {
+  Fd connection(::accept4(listener, nullptr, nullptr, SOCK_CLOEXEC));
+  if (!connection.valid()) return SystemError(errno, "cannot accept a connection");
+  return connection;
+}
+
+void ShutDown(int fd) {
+  (void)::shutdown(fd, SHUT_RDWR);
 }
 
 Result<StreamPair> CreateMessagePair() {

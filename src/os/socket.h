@@ -40,6 +40,12 @@ struct ReceivedMessage {
 };
 [[nodiscard]] Result<ReceivedMessage> ReceiveMessage(int fd, std::span<std::byte> data,
                                                      const std::string& name);
+// A listening stream socket named `name` in the directory `directory`, and the next connection to
+// one.
+[[nodiscard]] Result<Fd> ListenInDirectory(const std::string& directory, const std::string& name);
+[[nodiscard]] Result<Fd> AcceptConnection(int listener);
+// Both sides read the end of the stream, whoever else holds a copy of this descriptor.
+void ShutDown(int fd);
 // Both ends close-on-exec, of type SOCK_SEQPACKET.
 [[nodiscard]] Result<StreamPair> CreateMessagePair();
 

@@ -61,4 +61,23 @@ Result<RestorePlan> PlanRestore(const Manifest& manifest, std::span<const LayerI
   return plan;
 }
 
+Result<std::vector<LazyTask>> PlanLazyPages(const Manifest& manifest,
+                                            std::span<const LayerInfo> layers,
+                                            const std::string& directory) {
+  std::vector<const LayerInfo*> infos;
+  for (const LayerInfo& layer : layers) infos.push_back(&layer);
+  const Overlay overlay(infos, directory);
+  std::vector<LazyTask> tasks;
+  for (const ManifestTask& task : manifest.tasks) {
+    LazyTask lazy{task.vpid, {}};
+    for (const ManifestVma& vma : task.vmas) {
+      if (vma.kind != VmaKind::kMapped) continue;
+      UNMOOR_ASSIGN(const VmaPages pages, overlay.Resolve(task.vpid, vma));
+      lazy.pages.insert(lazy.pages.end(), pages.all.begin(), pages.all.end());
+    }
+    tasks.push_back(std::move(lazy));
+  }
+  return tasks;
+}
+
 }  // namespace unmoor

@@ -15,6 +15,7 @@
 #include "criu/rewrite.h"
 #include "image/layer.h"
 #include "image/manifest.h"
+#include "lazy/state.h"
 
 namespace unmoor {
 
@@ -31,5 +32,10 @@ struct RestorePlan {
 [[nodiscard]] Result<RestorePlan> PlanRestore(const Manifest& manifest,
                                               std::span<const LayerInfo> layers,
                                               const std::string& directory);
+
+// For a lazy restore: where each page of the tasks comes from. The same layers.
+[[nodiscard]] Result<std::vector<LazyTask>> PlanLazyPages(const Manifest& manifest,
+                                                          std::span<const LayerInfo> layers,
+                                                          const std::string& directory);
 
 }  // namespace unmoor

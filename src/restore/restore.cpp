@@ -24,6 +24,7 @@
 #include "os/file.h"
 #include "os/process_control.h"
 #include "os/procfs.h"
+#include "os/socket.h"
 #include "restore/plan.h"
 
 namespace unmoor {
@@ -36,6 +37,7 @@ constexpr Nanos kZombiePatience{5'000'000'000};
 constexpr Nanos kDyingPatience{250'000'000};
 constexpr size_t kLayersAtOnce = 16;
 constexpr std::string_view kPagesSuffix = ".pages";
+constexpr char kLazySocket[] = "lazy-pages.socket";  // in criu's working directory
 
 // A directory that is gone when we are done, whatever happens. criu's log is moved out on failure.
 class TemporaryView {
@@ -131,6 +133,9 @@ class Restorer {
   [[nodiscard]] Result<> Open();
   [[nodiscard]] Result<> NumberLayers();
   [[nodiscard]] Result<> CheckFreePids() const;
+  [[nodiscard]] Result<> PrepareLazy();
+  [[nodiscard]] Result<WaitingAgent> BeginAgent(const TemporaryView& view) const;
+  [[nodiscard]] bool lazy() const { return options_.mode == RestoreMode::kLazy; }
   [[nodiscard]] Result<Fd> Restore(TemporaryView& view, std::optional<WaitingAgent>& agent,
                                    InterruptFd& interrupt);
   [[nodiscard]] Result<> Finish(criu::RunningCriu& criu);
@@ -159,6 +164,7 @@ class Restorer {
   Manifest manifest_;
   std::vector<LayerReader> layers_;
   RestorePlan plan_;
+  LazyImage lazy_;  // has the layers then
   RestoreReport report_;
 };
 
@@ -227,6 +233,20 @@ Result<> Restorer::Open() {
   return {};
 }
 
+Result<> Restorer::PrepareLazy() {
+  std::vector<LayerInfo> infos;
+  for (LayerReader& layer : layers_) {
+    UNMOOR_TRY(layer.LoadHashes());
+    infos.push_back(layer.info());
+  }
+  UNMOOR_ASSIGN(lazy_.tasks, PlanLazyPages(manifest_, infos, directory_));
+  lazy_.layers = std::move(layers_);
+  report_.mapped = Bytes();
+  report_.loaded = Bytes();
+  report_.mappings = 0;
+  return {};
+}
+
 // Those that CRIU has to map; layers of deltas only are read here.
 std::set<size_t> Restorer::MappedLayers() const {
   std::set<size_t> layers;
@@ -242,8 +262,9 @@ criu::CriuCommand Restorer::Command(const TemporaryView& view, const criu::Gate&
   command.args = {"restore", "-D", view.images(), "-d", "--pidfile", view.pidfile()};
   command.fds = gate.fds();
   if (!listed_.empty()) command.args.push_back("--leave-stopped");
+  if (lazy() && !listed_.empty()) command.args.push_back("--lazy-pages");
   const std::set<size_t> mapped = MappedLayers();
-  for (size_t i = 0; i < listed_.size(); ++i) {
+  for (size_t i = 0; i < listed_.size() && !lazy(); ++i) {
     if (opened_ && !mapped.contains(i)) continue;
     const int as = kFirstLayerFd + static_cast<int>(i);
     command.fds.push_back({listed_[i].pages.get(), as});
@@ -291,8 +312,9 @@ Result<> Restorer::CheckFreePids() const {
 Result<> Restorer::FillView(const TemporaryView& view) const {
   std::vector<criu::LayerFile> files;
   for (const ListedLayer& layer : listed_) files.push_back({layer.pages.get(), layer.path});
-  UNMOOR_TRY(
-      criu::RewriteForDirectMap(CriuDirectory(directory_), view.images(), plan_.tasks, files));
+  const std::string criu = CriuDirectory(directory_);
+  UNMOOR_TRY(lazy() ? criu::RewriteForLazyPages(criu, view.images(), plan_.tasks)
+                    : criu::RewriteForDirectMap(criu, view.images(), plan_.tasks, files));
   return ReplaceLinksForMountNamespace(CriuDirectory(directory_), view.images());
 }
 
@@ -338,6 +360,11 @@ Result<> Restorer::Remap(const RestoredTasks& tasks, InterruptFd& interrupt) con
   return {};
 }
 
+Result<WaitingAgent> Restorer::BeginAgent(const TemporaryView& view) const {
+  return lazy() ? WaitingAgent::BeginLazy(lazy_, options_.agent, view.path())
+                : WaitingAgent::Begin(options_.agent, view.path());
+}
+
 // What can be done beforehand is done while criu starts, and what can wait while it ends. A failure
 // leaves processes below us, and `agent` waiting.
 Result<Fd> Restorer::Restore(TemporaryView& view, std::optional<WaitingAgent>& agent,
@@ -346,10 +373,14 @@ Result<Fd> Restorer::Restore(TemporaryView& view, std::optional<WaitingAgent>& a
   UNMOOR_ASSIGN(directory_, RealPath(image_));
   const bool mapped = !listed_.empty();
   if (mapped) {
-    UNMOOR_ASSIGN(WaitingAgent begun, WaitingAgent::Begin(options_.agent, view.path()));
+    UNMOOR_ASSIGN(WaitingAgent begun, BeginAgent(view));
     agent.emplace(std::move(begun));
   }
   UNMOOR_TRY(view.Create());
+  Fd listener;
+  if (mapped && lazy()) {
+    UNMOOR_ASSIGN(listener, ListenInDirectory(view.images(), kLazySocket));
+  }
   UNMOOR_ASSIGN(const criu::CriuBinary binary,
                 criu::FindCriu(options_.criu, criu::VersionCheck::kOnFailure));
   UNMOOR_ASSIGN(criu::Gate gate,
@@ -364,7 +395,8 @@ Result<Fd> Restorer::Restore(TemporaryView& view, std::optional<WaitingAgent>& a
   }
   UNMOOR_TRY(BecomeSubreaper());
   if (!opened_) UNMOOR_TRY(Open());
-  if (agent) UNMOOR_TRY(agent->Expect(manifest_.tasks.size()));
+  if (agent) UNMOOR_TRY(agent->Expect(manifest_.tasks.size(), listener.get()));
+  listener.Reset();
   UNMOOR_TRY(CheckFreePids());
   UNMOOR_TRY(FillView(view));
   UNMOOR_TRY(FaultPoint("restore.before_criu"));
@@ -374,7 +406,7 @@ Result<Fd> Restorer::Restore(TemporaryView& view, std::optional<WaitingAgent>& a
 
   UNMOOR_ASSIGN(const bool restored, criu.WaitFor(gate.restored()));
   report_.criu_time = MonotonicNow() - criu_started;
-  const bool early = restored && mapped && options_.mode == RestoreMode::kDirect;
+  const bool early = restored && mapped && options_.mode != RestoreMode::kEager;
   if (!early) UNMOOR_TRY(Finish(criu));
   if (!restored) report_.criu_time = MonotonicNow() - criu_started;
   UNMOOR_ASSIGN(const RestoredTasks tasks, FindTasks(view));
@@ -413,14 +445,16 @@ Result<RestoredProgram> Restorer::Run() {
   const Nanos begin = MonotonicNow();
   UNMOOR_TRY(Lock());
   UNMOOR_TRY(ListLayers());
-  if (!MayStartAtOnce()) UNMOOR_TRY(Open());
+  if (!MayStartAtOnce() || lazy()) UNMOOR_TRY(Open());
+  if (lazy()) UNMOOR_TRY(PrepareLazy());
   UNMOOR_ASSIGN(InterruptFd interrupt, InterruptFd::Create());
   // A chain's pages, which go there, may be many.
   UNMOOR_ASSIGN(TemporaryView view, TemporaryView::Named(listed_.size() <= 1));
   std::optional<WaitingAgent> agent;
   auto pidfd = Restore(view, agent, interrupt);
   if (!pidfd) {
-    const Error& error = pidfd.error();
+    const auto why = agent ? agent->WhatFailed() : std::nullopt;
+    const Error error = why ? Error(ErrorKind::kMachine, 0, *why) : pidfd.error();
     if (error.message().starts_with("criu")) view.KeepLog();
     agent.reset();  // it lets go of them first
     (void)BecomeSubreaper();

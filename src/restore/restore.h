@@ -7,6 +7,9 @@
 // guards in place and lets them run. The view is removed as soon as criu has ended. A failure
 // before the program runs leaves no process, no view and a clear line; criu's log is kept then.
 //
+// Lazy: criu makes the memory anonymous and empty, with a userfaultfd, whose server (the agent)
+// brings the pages; nothing is ever mapped from the image.
+//
 // The restored root becomes a child of the calling process. One restore at a time in a process.
 // Document: docs/architecture.md, docs/cli.md.
 #pragma once
@@ -29,6 +32,7 @@ namespace unmoor {
 enum class RestoreMode {
   kDirect,  // runs at once, remapped in the background
   kEager,   // remapped before it runs
+  kLazy,    // runs at once, its pages brought when it touches them, and in the background
 };
 
 struct RestoreOptions {

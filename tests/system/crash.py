@@ -22,6 +22,8 @@ POINTS = {
     "restore": ("restore.before_criu", "restore.before_agent"),
 }
 ELSEWHERE = {  # made to fail, or killed at, by the tests named
+    "lazy.bring": "tests/system/lazy.py: holds back what nobody waits for",
+    "lazy.event_read": "tests/system/lazy.py, killed_between_reading_and_recording",
     "local.before_swap": "tests/unit/remap_local/limits_test.cpp",
     "remap.before_swap": "tests/unit/agent/faults_test.cpp",
     "repair.before_rename": "tests/system/store.py, repair: written beside and renamed, as all is",

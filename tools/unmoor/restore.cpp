@@ -34,6 +34,7 @@ constexpr char kFooter[] =
     "\nThe program's memory is mapped from the image, so it runs at once; in the background it is\n"
     "then made independent of the image (unmoor status -t PID). DIR must stay until it is READY.\n"
     "\n  --mode direct      run at once, remap in the background (default)\n"
+    "  --mode lazy        run at once, bring pages when they are touched, and in the background\n"
     "  --mode eager       remap before the program runs\n"
     "  --remap off        stay mapped; 'unmoor remap -t PID' does it later\n"
     "\nExamples:\n"
@@ -49,8 +50,10 @@ Result<RestoreOptions> ToOptions(const RestoreArguments& arguments, const Invoca
   UNMOOR_ASSIGN(options.agent, ToAgentOptions(arguments.agent));
   if (arguments.mode == "eager") {
     options.mode = RestoreMode::kEager;
+  } else if (arguments.mode == "lazy") {
+    options.mode = RestoreMode::kLazy;
   } else if (arguments.mode != "direct") {
-    return UserError("--mode is direct or eager, not '{}'", arguments.mode);
+    return UserError("--mode is direct, lazy or eager, not '{}'", arguments.mode);
   }
   if (arguments.remap != "background" && arguments.remap != "off") {
     return UserError("--remap is background or off, not '{}'", arguments.remap);
@@ -58,6 +61,9 @@ Result<RestoreOptions> ToOptions(const RestoreArguments& arguments, const Invoca
   options.agent.remap = arguments.remap == "background";
   if (!options.agent.remap && options.mode == RestoreMode::kEager) {
     return UserError("--mode eager remaps before the program runs, so --remap off contradicts it");
+  }
+  if (!options.agent.remap && options.mode == RestoreMode::kLazy) {
+    return UserError("--mode lazy maps nothing, so --remap off means nothing there");
   }
   options.agent.log_file = arguments.agent_log;
   options.pidfile = arguments.pidfile;
@@ -149,6 +155,10 @@ int RunRestore(const RestoreArguments& arguments, const Invocation& invocation) 
   if (arguments.detached) std::_Exit(kExitSuccess);
   const auto status = program->WaitForRoot();
   if (!status) return Report(status.error(), false);
+  if (const auto why = *status ? WhyEnded(program->report().root) : std::nullopt) {
+    std::fprintf(stderr, "unmoor: process %d was ended: %s\n", program->report().root.value,
+                 why->c_str());
+  }
   if (*status) return **status;
   std::fprintf(stderr, "unmoor: interrupted; process %d runs on\n", program->report().root.value);
   return kExitInterrupted;
@@ -165,7 +175,7 @@ Action ConfigureRestore(CLI::App& app) {
   app.add_flag("-d,--restore-detached", arguments->detached,
                "Return once the program runs, instead of waiting for its end");
   app.add_option("--mode", arguments->mode, "How its memory comes back")
-      ->option_text("direct|eager");
+      ->option_text("direct|lazy|eager");
   app.add_option("--remap", arguments->remap, "Whether it is made independent by itself")
       ->option_text("background|off");
   AddAgentOptions(app, arguments->agent);

@@ -1,0 +1,52 @@
+// See unfinished_restore.h.
+#include "agent/unfinished_restore.h"
+
+#include <charconv>
+#include <csignal>
+
+#include "os/file.h"
+#include "os/process_control.h"
+#include "os/process_tree.h"
+#include "os/procfs.h"
+
+namespace unmoor {
+namespace {
+
+constexpr Nanos kLookAgain(20'000'000);
+constexpr Nanos kLastWords(5'000'000'000);
+
+}  // namespace
+
+void UnfinishedRestore::CriuIs(Pid pid) {
+  auto criu = OpenPidFd(pid);
+  if (!criu) return;
+  criu_ = std::move(*criu);
+  criu_pid_ = pid;
+}
+
+void UnfinishedRestore::End(std::span<const Pid> tasks) {
+  // Below a criu that is at work, or below nobody once it has ended.
+  if (criu_.valid() && !WaitReadable(criu_.get(), Nanos(0)).value_or(true)) KillTree(criu_pid_);
+  if (const auto text = ReadFile(view_ + "/pid", Bytes(64))) {
+    Pid root;
+    (void)std::from_chars(text->data(), text->data() + text->size(), root.value);
+    const auto process = ReadProcess(root);
+    if (process && (process->state == 'T' || process->state == 't')) KillTree(root);
+  }
+  for (const Pid task : tasks) (void)SendSignal(task, SIGKILL);
+  if (!view_.empty()) RemoveView();
+}
+
+// Whoever was killed may be making its last file there, and a criu that we were not told of ends
+// by itself only in a moment.
+void UnfinishedRestore::RemoveView() const {
+  constexpr int kLooks = 5;
+  const Nanos began = MonotonicNow();
+  for (int gone = 0; gone < kLooks && MonotonicNow() - began < kLastWords;) {
+    (void)RemoveTree(view_);
+    gone = Exists(view_) ? 0 : gone + 1;
+    SleepFor(kLookAgain);
+  }
+}
+
+}  // namespace unmoor

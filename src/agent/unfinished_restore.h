@@ -1,0 +1,32 @@
+// A restore whose program does not run yet: what has to go should the command die.
+//
+// The criu at work and all below it, the tasks it has made, the temporary view of its images. One
+// thread. See agent.h.
+#pragma once
+
+#include <span>
+#include <string>
+
+#include "base/units.h"
+#include "os/fd.h"
+
+namespace unmoor {
+
+class UnfinishedRestore {
+ public:
+  // `view`: criu's images are in it and its pidfile ("pid"); it may not be there yet.
+  explicit UnfinishedRestore(std::string view) : view_(std::move(view)) {}
+
+  void CriuIs(Pid pid);
+  // Ends criu, the tree it has made and those in `tasks`; removes the view.
+  void End(std::span<const Pid> tasks);
+
+ private:
+  void RemoveView() const;
+
+  std::string view_;
+  Pid criu_pid_;
+  Fd criu_;
+};
+
+}  // namespace unmoor
