@@ -112,8 +112,13 @@ Result<> WaitingAgent::Adopt(const std::vector<Pid>& tasks, const std::vector<Pi
   return {};
 }
 
-// Waits for a message of `kind` from each task.
-Result<> WaitingAgent::Await(uint32_t kind) {
+Result<> WaitingAgent::LetRun() {
+  AgentMessage resume;
+  resume.kind = AgentMessage::Kind::kResume;
+  return PostMessage(socket_.get(), resume);
+}
+
+Result<Pid> WaitingAgent::AwaitRunning() {
   std::set<int> missing;
   for (const Pid pid : tasks_) missing.insert(pid.value);
   while (!missing.empty()) {
@@ -125,17 +130,8 @@ Result<> WaitingAgent::Await(uint32_t kind) {
     if (message->kind == AgentMessage::Kind::kFinished && missing.contains(message->pid)) {
       return MachineError("process {} ended before it ran", message->pid);
     }
-    if (static_cast<uint32_t>(message->kind) == kind) missing.erase(message->pid);
+    if (message->kind == AgentMessage::Kind::kRunning) missing.erase(message->pid);
   }
-  return {};
-}
-
-Result<Pid> WaitingAgent::LetRun() {
-  UNMOOR_TRY(Await(static_cast<uint32_t>(AgentMessage::Kind::kGuarded)));
-  AgentMessage resume;
-  resume.kind = AgentMessage::Kind::kResume;
-  UNMOOR_TRY(PostMessage(socket_.get(), resume));
-  UNMOOR_TRY(Await(static_cast<uint32_t>(AgentMessage::Kind::kRunning)));
   socket_.Reset();
   return pid_;
 }

@@ -81,8 +81,8 @@ struct ProcessStatus {
 class WaitingAgent {
  public:
   // `view`: the directory of criu's images, which need not exist yet,
-  // where criu's pidfile will be "pid"; removed should we die before LetRun. Call it with one
-  // thread only, and not as a subreaper. Returns before the agent is up: Started() waits for that.
+  // where criu's pidfile will be "pid"; removed should we die. Call it with one thread only, and
+  // not as a subreaper. Returns before the agent is up: Started() waits for that.
   [[nodiscard]] static Result<WaitingAgent> Begin(const AgentOptions& options,
                                                   const std::string& view);
   // The same for `criu restore --lazy-pages`: a server of the memory, which must not change before
@@ -103,15 +103,17 @@ class WaitingAgent {
   [[nodiscard]] Result<> Expect(size_t tasks, int listener = -1);
   // Puts the guards in place, in the background; those in `stay_stopped` will not be let run.
   [[nodiscard]] Result<> Adopt(const std::vector<Pid>& tasks, const std::vector<Pid>& stay_stopped);
-  // Once everything adopted is guarded: lets it run. None of the program's signal handlers, nor its
-  // job-control state, notices. Returns the agent's pid. On failure nothing was resumed.
-  [[nodiscard]] Result<Pid> LetRun();
+  // What was adopted is to run once all of it is guarded. Does not wait for that. None of the
+  // program's signal handlers, nor its job-control state, will notice.
+  [[nodiscard]] Result<> LetRun();
+  // Once it runs, and `status` knows of it. Returns the agent's pid. When something cannot be
+  // guarded, nothing was resumed.
+  [[nodiscard]] Result<Pid> AwaitRunning();
   // Why it has given up, if it has said so; for when criu has failed.
   [[nodiscard]] std::optional<std::string> WhatFailed();
 
  private:
   WaitingAgent(Fd socket, StartingDaemon process);
-  [[nodiscard]] Result<> Await(uint32_t kind);
 
   Fd socket_;  // empty: it has been let go of
   std::unique_ptr<StartingDaemon> process_;

@@ -1,7 +1,6 @@
 // See known_image.h.
 #include "agent/known_image.h"
 
-#include <charconv>
 #include <nlohmann/json.hpp>
 
 #include "agent/agent.h"
@@ -14,22 +13,8 @@ namespace {
 
 using nlohmann::json;
 
-constexpr std::string_view kSuffix = ".image";
-
 std::string PathFor(Pid pid) {
-  return fmt::format("{}/{}{}", RuntimeDirectory(), pid.value, kSuffix);
-}
-
-void ForgetEnded() {
-  const auto names = ListDirectory(RuntimeDirectory());
-  if (!names) return;
-  for (const std::string& name : *names) {
-    Pid pid;
-    const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), pid.value);
-    const std::string_view rest(end, static_cast<size_t>(name.data() + name.size() - end));
-    if (error != std::errc() || rest != kSuffix) continue;
-    if (!FindKnownImage(pid)) (void)RemoveFile(RuntimeDirectory() + "/" + name);
-  }
+  return fmt::format("{}/{}{}", RuntimeDirectory(), pid.value, kKnownImageSuffix);
 }
 
 void Write(Pid pid, const KnownImage& image) {
@@ -48,7 +33,6 @@ void Write(Pid pid, const KnownImage& image) {
 void RememberImage(std::span<const Pid> pids, const KnownImage& image) {
   const std::string directory = RuntimeDirectory();
   if (!Exists(directory) && !MakeDirectory(directory, 0755)) return;
-  ForgetEnded();
   for (const Pid pid : pids) Write(pid, image);
 }
 

@@ -8,17 +8,21 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 
 #include "base/units.h"
 
 namespace unmoor {
+
+inline constexpr std::string_view kKnownImageSuffix = ".image";
 
 struct KnownImage {
   std::string directory;  // absolute
   std::string checkpoint_id;
 };
 
-// Of all these processes. Also forgets those that have ended.
+// Of all these processes. Those that have ended are forgotten with their progress files
+// (progress_file.h).
 void RememberImage(std::span<const Pid> pids, const KnownImage& image);
 [[nodiscard]] std::optional<KnownImage> FindKnownImage(Pid pid);
 

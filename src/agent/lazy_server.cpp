@@ -239,6 +239,7 @@ void LazyServer::OnCommand() {
   if (!message || !*message) {
     if (!state_.running()) return EndProgram("the command that restored it died");
     Fd(std::exchange(pair_.command, -1)).Reset();
+    (void)RemoveTree(pair_.view);  // it may have died before it did
     return;
   }
   switch ((*message)->kind) {
@@ -260,13 +261,12 @@ void LazyServer::OnCommand() {
 
 void LazyServer::Adopt(const AgentMessage& message) {
   const auto process = ReadProcess(Pid{message.pid});
-  if (!process) return Tell(AgentMessage::Kind::kFailed, Pid{message.pid}, "it has ended");
+  if (!process) return EndProgram(fmt::format("process {} ended before it ran", message.pid));
   const int vpid = process->ns_pids.empty() ? message.pid : process->ns_pids.back();
   Record({.kind = LazyRecord::Kind::kAdopted,
           .pid = message.pid,
           .vpid = static_cast<uint32_t>(vpid),
           .stay_stopped = message.stay_stopped ? 1u : 0u});
-  Tell(AgentMessage::Kind::kGuarded, Pid{message.pid});
 }
 
 void LazyServer::Resume() {

@@ -4,6 +4,7 @@
 #include <charconv>
 #include <nlohmann/json.hpp>
 
+#include "agent/known_image.h"
 #include "os/file.h"
 #include "os/process_control.h"
 #include "os/procfs.h"
@@ -133,7 +134,9 @@ void ForgetEndedProcesses() {
     const auto [end, error] = std::from_chars(name.data(), all, pid.value);
     if (error != std::errc()) continue;
     const std::string_view rest(end, static_cast<size_t>(all - end));
-    const bool forget = rest == ".json" ? !ReadProgress(pid) : IsOfKilledWriter(rest);
+    const bool forget = rest == ".json"              ? !ReadProgress(pid)
+                        : rest == kKnownImageSuffix ? !FindKnownImage(pid)
+                                                    : IsOfKilledWriter(rest);
     if (forget) (void)RemoveFile(RuntimeDirectory() + "/" + name);
   }
 }

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <deque>
 #include <list>
+#include <utility>
 
 #include "agent/hold_off.h"
 #include "agent/progress_file.h"
@@ -63,6 +64,8 @@ class WorkerProcess {
     if (task_.task.stopped) {
       if (direct_mapped) worker_->Record();
       Post(MakeMessage(AgentMessage::Kind::kRecorded, task_.task.pid), -1);
+      TakeShortTurns(false);
+      if (direct_mapped) worker_->LearnFlags();
       UNMOOR_TRY(ResumeWhenTold());
     }
     if (!direct_mapped) return Finish();
@@ -248,6 +251,7 @@ struct Child {
   Fd uffd;
   bool done = false;
   bool spare = false;  // its worker has no task yet
+  bool guarded = false;
   bool recorded = false;
   bool told_to_run = false;  // but not said to run yet
   int restarts = 0;
@@ -329,6 +333,7 @@ class Supervisor {
         EndRestored();
         GiveUp();
       }
+      if (!done_view_.empty()) (void)RemoveTree(done_view_);
       return;
     }
     switch ((*message)->kind) {
@@ -342,7 +347,8 @@ class Supervisor {
         Adopt(**message);
         return;
       case AgentMessage::Kind::kResume:
-        Resume(**message);
+        may_run_ = true;
+        ResumeOnceGuarded();
         return;
       case AgentMessage::Kind::kStandDown:
         GiveUp();
@@ -375,8 +381,18 @@ class Supervisor {
     }
   }
 
-  void Resume(const AgentMessage& message) {
+  void ResumeOnceGuarded() {
+    const bool waits = std::ranges::any_of(children_, [](const Child& child) {
+      return child.task.task.stopped && !child.guarded;
+    });
+    if (may_run_ && restore_ && !waits && !failed_) Resume();
+  }
+
+  void Resume() {
+    const AgentMessage message = MakeMessage(AgentMessage::Kind::kResume, Pid{});
+    done_view_ = restore_->view();
     restore_.reset();
+    TakeShortTurns(false);
     for (Child& child : children_) {
       if (child.spare) {
         ended_.push_back(child.worker);
@@ -394,6 +410,7 @@ class Supervisor {
   }
 
   void SayThatItFailed(Pid pid, const std::string& why) {
+    failed_ = true;
     untold_.push_back(MakeMessage(AgentMessage::Kind::kFailed, pid, why));
     TellUntold();
   }
@@ -441,6 +458,8 @@ class Supervisor {
     switch ((*message)->kind) {
       case Kind::kGuarded:
         it->uffd = std::move(passed);
+        it->guarded = true;
+        if (restore_) return ResumeOnceGuarded();
         break;
       case Kind::kForked: {
         const WorkerTask task{{Pid{(*message)->pid}, false, false}, true};
@@ -451,6 +470,7 @@ class Supervisor {
       }
       case Kind::kFinished:
       case Kind::kFailed:
+        failed_ = true;
         it->done = true;
         it->uffd.Reset();
         FinishProgress(it->task.task.pid, OwnPid(), (*message)->text);
@@ -491,7 +511,7 @@ class Supervisor {
     }
     spdlog::warn("the worker for process {} died; starting another", child.task.task.pid.value);
     child.task.again = true;
-    child.recorded = false;
+    child.guarded = child.recorded = false;
     // The helper sees its worker gone and leaves; the events wait in the userfaultfd.
     Fd uffd = std::move(child.uffd);
     if (const auto spawned = Spawn(child, std::move(uffd)); !spawned) {
@@ -508,6 +528,9 @@ class Supervisor {
   std::vector<Pid> ended_;           // workers, not reaped yet
   std::list<Child> children_;
   std::optional<UnfinishedRestore> restore_;  // until the program runs
+  bool may_run_ = false;                      // what was adopted,
+  bool failed_ = false;                       // unless a task of it cannot
+  std::string done_view_;  // from then on; should the command die before it removes it
 };
 
 }  // namespace
@@ -553,6 +576,7 @@ Result<SupervisorHandle> StartSupervisor(const std::vector<SupervisorTask>& task
   if (!options.log_file.empty()) {
     spdlog::set_level(std::min(spdlog::get_level(), spdlog::level::info));
   }
+  if (view) TakeShortTurns();  // until the program runs
   IgnoreSignal();  // meant for a worker that has just died
   Supervisor supervisor(options, std::move(pair.theirs));
   if (view) supervisor.AwaitTasks(*view);

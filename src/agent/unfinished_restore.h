@@ -17,6 +17,7 @@ class UnfinishedRestore {
   // `view`: criu's images are in it and its pidfile ("pid"); it may not be there yet.
   explicit UnfinishedRestore(std::string view) : view_(std::move(view)) {}
 
+  [[nodiscard]] const std::string& view() const { return view_; }
   void CriuIs(Pid pid);
   // Ends criu, the tree it has made and those in `tasks`; removes the view.
   void End(std::span<const Pid> tasks);

@@ -89,13 +89,18 @@ Result<bool> Worker::BeginRestored() {
 
 Result<bool> Worker::StopAndInjectRestored(Nanos stop_limit) {
   UNMOOR_TRY(stop_.Stop(stop_limit, {}));
-  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid_));
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid_));
   RememberImages(vmas);
   const std::vector<Leftover> leftovers = FindLeftovers(pid_, vmas);
   if (images_.empty() && leftovers.empty()) return false;
   if (!leftovers.empty()) UNMOOR_TRY(RemoveHelperTraces(pid_, stop_.threads(), leftovers));
   UNMOOR_TRY(InjectStopped(vmas));
   return true;
+}
+
+// Should it fail, its addresses are known, and what it wished for them is read with the next plan.
+void Worker::LearnFlags() {
+  if (const auto vmas = ReadSmaps(pid_)) RememberImages(*vmas);
 }
 
 void WarmUpWorker() {

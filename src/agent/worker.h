@@ -59,6 +59,8 @@ class Worker final : public Carrier {
   // not in the progress file before Record().
   [[nodiscard]] Result<bool> BeginRestored();
   void Record() { SaveProgress(""); }
+  // The flags of what it maps, which take long to read: before its first event is answered.
+  void LearnFlags();
   [[nodiscard]] int uffd() const { return uffd_.get(); }
   // Remaps everything. Returns early without error when the program ends or calls exec.
   [[nodiscard]] Result<> Run();

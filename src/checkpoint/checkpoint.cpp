@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "agent/known_image.h"
+#include "agent/progress_file.h"
 #include "base/fault_point.h"
 #include "base/log.h"
 #include "checkpoint/page_router.h"
@@ -470,6 +471,7 @@ Result<CheckpointReport> Dumper::Run() {
   }
   report_.elapsed = MonotonicNow() - begin;
   if (options_.leave_running) {
+    ForgetEndedProcesses();
     RememberImage({&options_.pid, 1}, {report_.directory, report_.manifest.checkpoint_id});
   }
   return std::move(report_);

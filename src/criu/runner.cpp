@@ -193,6 +193,7 @@ Result<RunningCriu> RunningCriu::Start(const CriuBinary& criu, CriuCommand comma
   spawn.stdout_fd = log.get();
   spawn.stderr_fd = log.get();
   spawn.own_process_group = !SharesOurTerminal(command);
+  spawn.at_once = true;
   ProbeCache cache = InstallProbeCache(criu);
   UNMOOR_ASSIGN(ChildProcess child, Spawn(spawn));
   return RunningCriu(criu, std::move(command), std::move(cache), std::move(child));

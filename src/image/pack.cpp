@@ -18,6 +18,7 @@
 namespace unmoor {
 namespace {
 
+constexpr std::string_view kPackedSuffix = ".packed";
 constexpr std::string_view kCacheInfix = ".unpacked-";
 constexpr size_t kBootDigits = 8;
 
@@ -176,6 +177,13 @@ bool IsCacheOf(const std::string& cache, const std::string& directory, const Man
   return ours && theirs && *ours == *theirs && !IsPacked(cache, manifest);
 }
 
+bool HoldsPackedLayers(const std::string& directory) {
+  const auto names = ListDirectory(LayersDirectory(directory));
+  return !names || std::ranges::any_of(*names, [](const std::string& name) {
+    return name.ends_with(kPackedSuffix);
+  });
+}
+
 // Those of earlier boots. Ones in use by a command stay.
 void RemoveOlderCaches(const std::string& directory, const std::string& current) {
   for (const std::string& cache : CachesOf(directory)) {
@@ -243,6 +251,8 @@ Result<Bytes> PackLayerIn(const std::string& directory, const ManifestLayer& ent
 
 Result<std::optional<UnpackedCache>> UnpackForRestore(const std::string& directory,
                                                       const PackProgress& progress) {
+  // The manifest takes longer to read than all that a restore does before it starts criu.
+  if (!HoldsPackedLayers(directory)) return std::optional<UnpackedCache>();
   UNMOOR_ASSIGN(const Manifest manifest, ReadManifest(directory));
   UNMOOR_ASSIGN(const std::string source, RealPath(directory));
   if (!IsPacked(source, manifest)) return std::optional<UnpackedCache>();

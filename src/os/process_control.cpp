@@ -2,6 +2,7 @@
 #include "os/process_control.h"
 
 #include <poll.h>
+#include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -25,6 +26,16 @@ struct PagemapScanArgument {
 };
 constexpr unsigned long kPagemapScan = _IOWR('f', 16, PagemapScanArgument);
 constexpr uint64_t kPageIsGuard = 1u << 8;
+
+// linux/sched/types.h, which glibc's sched.h does not bear beside it.
+struct SchedulingAttributes {
+  uint32_t size, policy;
+  uint64_t flags;
+  int32_t nice;
+  uint32_t priority;
+  uint64_t runtime, deadline, period;
+};
+constexpr uint64_t kShortTurn = 100'000;  // ns, the least there is
 
 int PollMillis(Nanos timeout) {
   if (timeout.value < 0) return -1;
@@ -132,6 +143,15 @@ int ProcessGroup(Pid pid) {
 
 uint32_t OwnUid() {
   return ::geteuid();
+}
+
+void TakeShortTurns(bool on) {
+  SchedulingAttributes attributes{};
+  attributes.size = sizeof(attributes);
+  if (::syscall(SYS_sched_getattr, 0, &attributes, sizeof(attributes), 0) != 0) return;
+  if (attributes.policy != SCHED_OTHER) return;
+  attributes.runtime = on ? kShortTurn : 0;
+  (void)::syscall(SYS_sched_setattr, 0, &attributes, 0);
 }
 
 Pid OwnPid() {

@@ -10,9 +10,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <chrono>
 #include <cstdint>
+#include <cstring>
 
 #include "os/pipe.h"
 
@@ -42,6 +44,81 @@ sigset_t InterruptSignals() {
   sigemptyset(&set);
   for (const int signal : {SIGINT, SIGTERM, SIGHUP}) sigaddset(&set, signal);
   return set;
+}
+
+// A descriptor of ours, close-on-exec, that is to be `as` in the child.
+struct Placement {
+  Fd copy;
+  int as = -1;
+};
+using Placements = std::vector<Placement>;
+
+// Sources first move out of the way of every target, so that the order of the dup2s is free.
+Result<Placements> PlaceDescriptors(const SpawnOptions& options) {
+  std::vector<InheritedFd> wanted = options.fds;
+  if (options.stdin_fd) wanted.push_back({*options.stdin_fd, 0});
+  if (options.stdout_fd) wanted.push_back({*options.stdout_fd, 1});
+  if (options.stderr_fd) wanted.push_back({*options.stderr_fd, 2});
+  int above = 3;
+  for (const InheritedFd& fd : wanted) above = std::max(above, fd.as + 1);
+  Placements placements;
+  for (const InheritedFd& fd : wanted) {
+    Fd copy(::fcntl(fd.fd, F_DUPFD_CLOEXEC, above));
+    if (!copy.valid())
+      return SystemError(errno, fmt::format("cannot duplicate descriptor {}", fd.fd));
+    placements.push_back({std::move(copy), fd.as});
+  }
+  return placements;
+}
+
+Result<pid_t> SpawnAndWait(const SpawnOptions& options, const Placements& placements,
+                           const std::vector<char*>& argv) {
+  SpawnActions actions;
+  for (const Placement& placement : placements) {
+    ::posix_spawn_file_actions_adddup2(&actions.files, placement.copy.get(), placement.as);
+  }
+  sigset_t all;
+  sigset_t none;
+  sigfillset(&all);
+  sigemptyset(&none);
+  ::posix_spawnattr_setsigdefault(&actions.attributes, &all);
+  ::posix_spawnattr_setsigmask(&actions.attributes, &none);
+  int flags = POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK;
+  if (options.own_process_group) flags |= POSIX_SPAWN_SETPGROUP;
+  if (options.new_session) flags |= POSIX_SPAWN_SETSID;
+  ::posix_spawnattr_setflags(&actions.attributes, static_cast<short>(flags));
+  pid_t pid = 0;
+  const int error =
+      ::posix_spawnp(&pid, argv[0], &actions.files, &actions.attributes, argv.data(), environ);
+  if (error != 0) return SystemError(error, fmt::format("cannot run {}", options.argv[0]));
+  return pid;
+}
+
+// In a child of fork: only what is safe in a signal handler too.
+[[noreturn]] void Execute(const SpawnOptions& options, const Placements& placements,
+                          const std::vector<char*>& argv) {
+  for (const Placement& placement : placements) ::dup2(placement.copy.get(), placement.as);
+  if (options.new_session) ::setsid();
+  if (options.own_process_group) ::setpgid(0, 0);
+  for (int number = 1; number <= SIGRTMAX; ++number) ::signal(number, SIG_DFL);
+  sigset_t none;
+  sigemptyset(&none);
+  ::sigprocmask(SIG_SETMASK, &none, nullptr);
+  ::execvp(argv[0], argv.data());
+  const std::array<const char*, 5> line = {"cannot run ", argv[0], ": ", ::strerrordesc_np(errno),
+                                           "\n"};
+  for (const char* const part : line) {
+    (void)!::write(STDERR_FILENO, part, std::strlen(part));
+  }
+  ::_exit(127);
+}
+
+Result<pid_t> ForkAndExecute(const SpawnOptions& options, const Placements& placements,
+                             const std::vector<char*>& argv) {
+  const pid_t pid = ::fork();
+  if (pid < 0) return SystemError(errno, fmt::format("cannot run {}", options.argv[0]));
+  if (pid == 0) Execute(options, placements, argv);
+  return pid;
 }
 
 }  // namespace
@@ -87,46 +164,15 @@ Result<> ChildProcess::Signal(int signal) {
 
 Result<ChildProcess> Spawn(const SpawnOptions& options) {
   UNMOOR_CHECK(!options.argv.empty());
-  std::vector<InheritedFd> wanted = options.fds;
-  if (options.stdin_fd) wanted.push_back({*options.stdin_fd, 0});
-  if (options.stdout_fd) wanted.push_back({*options.stdout_fd, 1});
-  if (options.stderr_fd) wanted.push_back({*options.stderr_fd, 2});
-
-  // Sources first move out of the way of every target, so that the order of the dup2s is free.
-  int above = 3;
-  for (const InheritedFd& fd : wanted) above = std::max(above, fd.as + 1);
-  std::vector<Fd> moved;
-  SpawnActions actions;
-  for (const InheritedFd& fd : wanted) {
-    Fd copy(::fcntl(fd.fd, F_DUPFD_CLOEXEC, above));
-    if (!copy.valid())
-      return SystemError(errno, fmt::format("cannot duplicate descriptor {}", fd.fd));
-    ::posix_spawn_file_actions_adddup2(&actions.files, copy.get(), fd.as);
-    moved.push_back(std::move(copy));
-  }
-
-  sigset_t all;
-  sigset_t none;
-  sigfillset(&all);
-  sigemptyset(&none);
-  ::posix_spawnattr_setsigdefault(&actions.attributes, &all);
-  ::posix_spawnattr_setsigmask(&actions.attributes, &none);
-  int flags = POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK;
-  if (options.own_process_group) flags |= POSIX_SPAWN_SETPGROUP;
-  if (options.new_session) flags |= POSIX_SPAWN_SETSID;
-  ::posix_spawnattr_setflags(&actions.attributes, static_cast<short>(flags));
-
+  UNMOOR_ASSIGN(const Placements placements, PlaceDescriptors(options));
   std::vector<char*> argv;
   for (const std::string& argument : options.argv) {
-    // SAFETY: posix_spawn takes char* for historical reasons and does not write through it.
+    // SAFETY: exec takes char* for historical reasons and does not write through it.
     argv.push_back(const_cast<char*>(argument.c_str()));
   }
   argv.push_back(nullptr);
-  pid_t pid = 0;
-  const int error =
-      ::posix_spawnp(&pid, argv[0], &actions.files, &actions.attributes, argv.data(), environ);
-  if (error != 0) return SystemError(error, fmt::format("cannot run {}", options.argv[0]));
-
+  UNMOOR_ASSIGN(const pid_t pid, options.at_once ? ForkAndExecute(options, placements, argv)
+                                                 : SpawnAndWait(options, placements, argv));
   // The child is ours and unreaped, so its pid still means it.
   Fd pidfd(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
   if (!pidfd.valid()) {

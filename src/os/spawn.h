@@ -32,6 +32,10 @@ struct SpawnOptions {
   std::optional<int> stderr_fd;
   bool own_process_group = false;  // a Ctrl-C at the terminal then reaches only us
   bool new_session = false;        // setsid
+  // Return before the program is executed: a caller that waits for that sleeps, and may be woken on
+  // the CPU where the child has begun to work. A program that cannot be executed ends with 127 and a
+  // line on stderr.
+  bool at_once = false;
 };
 
 struct ExitStatus {
@@ -60,7 +64,8 @@ class ChildProcess {
   Fd pidfd_;
 };
 
-// Fails when the program cannot be executed (errnum ENOENT, EACCES …), with nothing left behind.
+// Fails when the program cannot be executed (errnum ENOENT, EACCES …; but for `at_once`), with
+// nothing left behind.
 [[nodiscard]] Result<ChildProcess> Spawn(const SpawnOptions& options);
 
 // Runs to the end and collects what it wrote to stdout and stderr together, at most `limit` bytes.

@@ -12,6 +12,7 @@
 #include <set>
 
 #include "agent/known_image.h"
+#include "agent/progress_file.h"
 #include "base/fault_point.h"
 #include "base/log.h"
 #include "criu/gate.h"
@@ -388,6 +389,7 @@ Result<Fd> Restorer::Restore(TemporaryView& view, std::optional<WaitingAgent>& a
   UNMOOR_ASSIGN(criu::RunningCriu criu,
                 criu::RunningCriu::Start(binary, Command(view, gate, interrupt)));
   const Nanos criu_started = MonotonicNow();
+  TakeShortTurns();
   gate.CriuStarted();
   if (agent) {
     UNMOOR_TRY(agent->Started());
@@ -416,13 +418,15 @@ Result<Fd> Restorer::Restore(TemporaryView& view, std::optional<WaitingAgent>& a
   if (agent) UNMOOR_TRY(agent->Adopt(tasks.alive, tasks.stay_stopped));
   const Nanos found = MonotonicNow();
   if (early) UNMOOR_TRY(Finish(criu));
-  view.Remove();
-  RememberImage(tasks.alive, {directory_, manifest_.checkpoint_id});
   report_.root = tasks.root;
   report_.tasks = tasks.alive;
   if (interrupt.Take() != 0) return MachineError("interrupted");
+  if (agent) UNMOOR_TRY(agent->LetRun());
+  view.Remove();
+  if (!agent) ForgetEndedProcesses();
+  RememberImage(tasks.alive, {directory_, manifest_.checkpoint_id});
   if (agent) {
-    UNMOOR_ASSIGN(report_.agent, agent->LetRun());
+    UNMOOR_ASSIGN(report_.agent, agent->AwaitRunning());
   }
   spdlog::debug("criu started after {}, let go on after {}{}, its tasks ready after {}, agent {}",
                 HumanTime(criu_started - begin), HumanTime(prepared - criu_started),

@@ -110,7 +110,8 @@ void AgentTest::WatchStopped(Pid pid, AgentOptions options) {
   ASSERT_TRUE(agent) << agent.error().message();
   ASSERT_TRUE(agent->Started());
   ASSERT_TRUE(agent->Adopt({pid}, {}));
-  const auto runs = agent->LetRun();
+  ASSERT_TRUE(agent->LetRun());
+  const auto runs = agent->AwaitRunning();
   ASSERT_TRUE(runs) << runs.error().message();
 }
 

@@ -44,7 +44,8 @@ TEST_F(WaitingAgentTest, LetsEveryTaskRunThatItWasToldOf) {
   for (int i = 0; i < 3; ++i) tasks.push_back(StartRestored(image));
   WaitingAgent agent = Begin(2);  // fewer than come
   ASSERT_TRUE(agent.Adopt(tasks, {}));
-  const auto runs = agent.LetRun();
+  ASSERT_TRUE(agent.LetRun());
+  const auto runs = agent.AwaitRunning();
   ASSERT_TRUE(runs) << runs.error().message();
   for (const Pid pid : tasks) ExpectGoodEnd(pid);
 }
@@ -57,7 +58,8 @@ TEST_F(WaitingAgentTest, OneTaskThatCannotBeGuardedLeavesNoAgentAndNothingRunnin
   {
     WaitingAgent agent = Begin(2);
     ASSERT_TRUE(agent.Adopt(tasks, {}));
-    const auto runs = agent.LetRun();
+    ASSERT_TRUE(agent.LetRun());
+    const auto runs = agent.AwaitRunning();
     ASSERT_FALSE(runs);
     EXPECT_NE(runs.error().message().find(std::to_string(tasks[1].value)), std::string::npos)
         << runs.error().message();

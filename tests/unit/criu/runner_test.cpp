@@ -128,10 +128,15 @@ TEST_F(Runner, OptionsOfTheCallerComeLastAndDescriptorsArriveExactly) {
   EXPECT_THAT(ReadFile(root_ + "/fds").value(), HasSubstr("7"));
 }
 
-TEST_F(Runner, AMissingProgramIsAnError) {
-  const auto outcome = RunCriu({root_ + "/nothing", std::nullopt}, Command());
-  ASSERT_FALSE(outcome);
-  EXPECT_EQ(outcome.error().errnum(), ENOENT);
+TEST_F(Runner, WhatCannotBeExecutedIsAnError) {
+  const std::string text = root_ + "/text";
+  ASSERT_TRUE(WriteFile(text, "text"));
+  const auto denied = RunCriu({text, CriuVersion{4, 2, 1}}, Command());
+  ASSERT_FALSE(denied);
+  EXPECT_THAT(denied.error().message(), HasSubstr("cannot run " + text + ": Permission denied"));
+  const auto missing = RunCriu({root_ + "/nothing", std::nullopt}, Command());
+  ASSERT_FALSE(missing);
+  EXPECT_THAT(missing.error().message(), HasSubstr("No such file or directory"));
 }
 
 TEST_F(Runner, AnInterruptIsPassedOnAndCriuEndsByItself) {
