@@ -113,7 +113,7 @@ class LazyServer {
   void SaveProgress(const Space& space, bool finished, const std::string& problem);
 
   Pair& pair_;
-  PageSource source_;
+  VerifiedBlocks source_;
   LazyState state_;
   Nanos began_;
   Pid keeper_;

@@ -16,6 +16,7 @@
 #include "agent/worker.h"
 #include "base/log.h"
 #include "os/daemon.h"
+#include "os/file.h"
 #include "os/process_control.h"
 #include "os/procfs.h"
 #include "os/socket.h"

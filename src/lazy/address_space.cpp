@@ -54,7 +54,7 @@ void AddressSpace::Moved(VaddrRange from, Vaddr to) {
   UffdWake(uffd_, from);
 }
 
-Result<AddressSpace::Step> AddressSpace::ServeWaiting(PageSource& source) {
+Result<AddressSpace::Step> AddressSpace::ServeWaiting(VerifiedBlocks& source) {
   while (!waiting_.empty()) {
     UNMOOR_ASSIGN(const Step step, Serve(waiting_.back(), source));
     if (step != Step::kDone) return step;
@@ -63,7 +63,7 @@ Result<AddressSpace::Step> AddressSpace::ServeWaiting(PageSource& source) {
   return Step::kDone;
 }
 
-Result<AddressSpace::Step> AddressSpace::Serve(VaddrRange page, PageSource& source) {
+Result<AddressSpace::Step> AddressSpace::Serve(VaddrRange page, VerifiedBlocks& source) {
   auto run = pages_.Find(page.begin);
   if (!run) run = damaged_.Find(page.begin);
   if (!run) return Place(page, {});
@@ -76,7 +76,7 @@ Result<AddressSpace::Step> AddressSpace::Serve(VaddrRange page, PageSource& sour
   return around == Step::kGone ? around : Step::kDone;
 }
 
-Result<AddressSpace::Step> AddressSpace::BringNext(PageSource& source) {
+Result<AddressSpace::Step> AddressSpace::BringNext(VerifiedBlocks& source) {
   auto run = pages_.Next(next_);
   if (!run) run = pages_.Next(Vaddr());
   if (!run) return Step::kDone;

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "base/result.h"
-#include "lazy/page_source.h"
+#include "lazy/verified_blocks.h"
 #include "lazy/pages_to_come.h"
 
 namespace unmoor {
@@ -38,9 +38,9 @@ class AddressSpace {
   void Waits(VaddrRange page) { waiting_.push_back(page); }
 
   // Brings the pages somebody waits for, and those around them. An error: one is damaged.
-  [[nodiscard]] Result<Step> ServeWaiting(PageSource& source);
+  [[nodiscard]] Result<Step> ServeWaiting(VerifiedBlocks& source);
   // Brings the next block.
-  [[nodiscard]] Result<Step> BringNext(PageSource& source);
+  [[nodiscard]] Result<Step> BringNext(VerifiedBlocks& source);
 
   [[nodiscard]] bool somebody_waits() const { return !waiting_.empty(); }
   // Nothing is left to bring but what is damaged.
@@ -54,7 +54,7 @@ class AddressSpace {
   [[nodiscard]] Bytes given_back() const { return given_back_; }
 
  private:
-  [[nodiscard]] Result<Step> Serve(VaddrRange page, PageSource& source);
+  [[nodiscard]] Result<Step> Serve(VaddrRange page, VerifiedBlocks& source);
   [[nodiscard]] Result<Step> PlaceBlock(const OverlayRun& run, std::span<const std::byte> block);
   [[nodiscard]] Result<Step> Place(VaddrRange range, std::span<const std::byte> pages);
   Bytes Take(VaddrRange range);

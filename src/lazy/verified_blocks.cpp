@@ -1,15 +1,15 @@
-// See page_source.h.
-#include "lazy/page_source.h"
+// See verified_blocks.h.
+#include "lazy/verified_blocks.h"
 
 #include "image/layout.h"
 #include "os/file.h"
 
 namespace unmoor {
 
-PageSource::PageSource(const std::vector<LayerReader>& layers)
+VerifiedBlocks::VerifiedBlocks(const std::vector<LayerReader>& layers)
     : layers_(layers), block_(kBlockSize) {}
 
-Result<std::span<const std::byte>> PageSource::Block(uint32_t layer, FileOffset at) {
+Result<std::span<const std::byte>> VerifiedBlocks::Block(uint32_t layer, FileOffset at) {
   const LayerReader& reader = layers_[layer];
   const FileOffset begin(AlignDown(at.value, kBlockSize));
   if (layer_ != &reader || offset_ != begin) {

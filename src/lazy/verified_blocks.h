@@ -1,4 +1,4 @@
-// PageSource: the pages of layers, each block held against its hash before anybody sees it.
+// VerifiedBlocks: the pages of layers, each block held against its hash before anybody sees it.
 //
 // One thread. A block that cannot be read whole, or does not match, is an error that names the file
 // and the offset; never zeros. Document: docs/format.md, "Hash".
@@ -14,10 +14,10 @@
 
 namespace unmoor {
 
-class PageSource {
+class VerifiedBlocks {
  public:
   // Their hashes are loaded.
-  explicit PageSource(const std::vector<LayerReader>& layers);
+  explicit VerifiedBlocks(const std::vector<LayerReader>& layers);
 
   // The 64 KiB block that holds `at`; until the next call.
   [[nodiscard]] Result<std::span<const std::byte>> Block(uint32_t layer, FileOffset at);
