@@ -97,7 +97,7 @@ class WorkerProcess {
     const auto on_fork = [this](Pid child, Fd uffd) {
       Post(MakeMessage(AgentMessage::Kind::kForked, child), uffd.get());
     };
-    worker_.emplace(task_.task.pid, options_, on_fork, worker_ ? worker_->TakeStop() : nullptr);
+    worker_.emplace(task_.task.pid, options_, on_fork, worker_ ? worker_->TakeLegacy() : Worker::Legacy{});
   }
 
   bool ProgramEnded() const {

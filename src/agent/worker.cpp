@@ -37,16 +37,16 @@ constexpr Nanos kBorrowPause(5'000'000);
 
 }  // namespace
 
-Worker::Worker(Pid pid, const AgentOptions& options, OnFork on_fork,
-               std::unique_ptr<ProgramStop> stop)
+Worker::Worker(Pid pid, const AgentOptions& options, OnFork on_fork, Legacy legacy)
     : pid_(pid),
       supervisor_(ParentPid()),
-      stop_owner_(stop ? std::move(stop) : std::make_unique<ProgramStop>(pid)),
+      stop_owner_(legacy.stop ? std::move(legacy.stop) : std::make_unique<ProgramStop>(pid)),
       stop_(*stop_owner_),
       options_(options),
       on_fork_(std::move(on_fork)),
       began_(MonotonicNow()),
-      memory_room_(pid) {}
+      memory_room_(pid),
+      dropped_(std::move(legacy.dropped)) {}
 
 Result<> Worker::Identify() {
   UNMOOR_ASSIGN(const ProcessInfo process, ReadProcess(pid_));

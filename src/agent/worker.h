@@ -43,9 +43,12 @@ class Worker final : public Carrier {
   // Called with a forked child of the program and the userfaultfd that watches it.
   using OnFork = std::function<void(Pid child, Fd uffd)>;
 
-  // `stop`: of an earlier worker of this process, which may still trace threads that were asleep.
-  Worker(Pid pid, const AgentOptions& options, OnFork on_fork,
-         std::unique_ptr<ProgramStop> stop = nullptr);
+  // What a worker leaves to the next one of its program.
+  struct Legacy {
+    std::unique_ptr<ProgramStop> stop;  // may still trace threads that were asleep
+    RangeSet dropped;  // anonymous since the program gave it back: parts of their areas
+  };
+  Worker(Pid pid, const AgentOptions& options, OnFork on_fork, Legacy legacy = {});
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
   ~Worker() override = default;
@@ -77,7 +80,7 @@ class Worker final : public Carrier {
   // to be copied anew. Whether or not it succeeds another Worker goes on with what this one had.
   [[nodiscard]] Result<> StepAside();
   [[nodiscard]] Fd TakeUffd() { return std::move(uffd_.valid() ? uffd_ : old_uffd_); }
-  [[nodiscard]] std::unique_ptr<ProgramStop> TakeStop() { return std::move(stop_owner_); }
+  [[nodiscard]] Legacy TakeLegacy() { return {std::move(stop_owner_), std::move(dropped_)}; }
 
   [[nodiscard]] bool AnotherAgentIsAtWork() const;
   [[nodiscard]] bool program_ended() const;

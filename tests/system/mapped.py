@@ -177,7 +177,7 @@ def again_at_once(story):
 def killed_midway(story):
     """kill -9 of the dump at any moment: the program goes on, its agent comes back, and the next dump works."""
     chance = random.Random(11)
-    churn = story.start("churn", "--threads", 2, "--mib", 64, "--sparse")
+    churn = story.start("churn", "--threads", 2, "--mib", 64, "--sparse", "--dontneed", "--hazard-mib", 4)
     churn.await_progress()
     folder, _ = dump(story, churn, "first")
     churn.await_gone()
