@@ -537,16 +537,8 @@ Result<SupervisorHandle> StartLazyServer(const LazyImage& image, const AgentOpti
   std::vector<int> keep = {pair.theirs.get()};
   for (const LayerReader& layer : image.layers) keep.push_back(layer.pages_fd().get());
   std::ranges::sort(keep);
-  UNMOOR_ASSIGN(std::optional<StartingDaemon> daemon,
-                ForkDaemon(keep, options.log_file, "unmoor-agent"));
-  if (daemon) {
-    pair.theirs.Reset();
-    return SupervisorHandle{std::move(pair.ours), *std::move(daemon)};
-  }
-  (void)pair.ours.Release();  // closed by ForkDaemon
-  if (!options.log_file.empty()) {
-    spdlog::set_level(std::min(spdlog::get_level(), spdlog::level::info));
-  }
+  UNMOOR_ASSIGN(auto handle, ForkAgent(pair, keep, options));
+  if (handle) return *std::move(handle);
   Pair own{image, options, view, journal, pair.theirs.Release()};
   Serve(own, false);
 }

@@ -563,20 +563,27 @@ Result<bool> TryPostMessage(int socket, const AgentMessage& message) {
   return TrySendMessage(socket, std::as_bytes(std::span(&message, 1)), "the agent");
 }
 
-Result<SupervisorHandle> StartSupervisor(const std::vector<SupervisorTask>& tasks,
-                                         const AgentOptions& options,
-                                         const std::optional<std::string>& view) {
-  UNMOOR_ASSIGN(StreamPair pair, CreateMessagePair());
+Result<std::optional<SupervisorHandle>> ForkAgent(StreamPair& pair, std::span<const int> keep,
+                                                  const AgentOptions& options) {
   UNMOOR_ASSIGN(std::optional<StartingDaemon> daemon,
-                ForkDaemon(std::array{pair.theirs.get()}, options.log_file, "unmoor-agent"));
+                ForkDaemon(keep, options.log_file, "unmoor-agent"));
   if (daemon) {
     pair.theirs.Reset();
-    return SupervisorHandle{std::move(pair.ours), *std::move(daemon)};
+    return std::optional(SupervisorHandle{std::move(pair.ours), *std::move(daemon)});
   }
   (void)pair.ours.Release();  // closed by ForkDaemon
   if (!options.log_file.empty()) {
     spdlog::set_level(std::min(spdlog::get_level(), spdlog::level::info));
   }
+  return std::optional<SupervisorHandle>();
+}
+
+Result<SupervisorHandle> StartSupervisor(const std::vector<SupervisorTask>& tasks,
+                                         const AgentOptions& options,
+                                         const std::optional<std::string>& view) {
+  UNMOOR_ASSIGN(StreamPair pair, CreateMessagePair());
+  UNMOOR_ASSIGN(auto handle, ForkAgent(pair, std::array{pair.theirs.get()}, options));
+  if (handle) return *std::move(handle);
   if (view) TakeShortTurns();  // until the program runs
   IgnoreSignal();  // meant for a worker that has just died
   Supervisor supervisor(options, std::move(pair.theirs));

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "base/result.h"
 #include "os/daemon.h"
 #include "os/fd.h"
+#include "os/socket.h"
 
 namespace unmoor {
 
@@ -21,7 +23,8 @@ namespace unmoor {
 // SOCK_SEQPACKET socket. Plain data; a kGuarded or kForked message carries a userfaultfd.
 struct AgentMessage {
   enum class Kind : uint32_t {
-    kGuarded,    // worker: this program's memory behaves; the uffd to hold
+    kGuarded,    // worker: this program's memory behaves; the uffd to hold. Goes no further than
+                 // the supervisor while a restore is unfinished
     kRecorded,   // worker: its progress file says that it is at work
     kForked,     // worker: this child was born; its uffd
     kFinished,   // worker: READY, or the program ended
@@ -31,7 +34,8 @@ struct AgentMessage {
     kExpect,     // command → supervisor: so many tasks will probably come (lazy: and where criu
                  // is going to connect to, a listening socket)
     kAdopt,      // command → supervisor → worker: a restored task, stopped by SIGSTOP
-    kResume,     // command → supervisor → worker: the program runs
+    kResume,     // command → supervisor: the program may run once all of it is guarded
+                 // supervisor → worker: it runs
     kStandDown,  // command → supervisor: it will not
     kRunning,    // supervisor: it does, and its worker is on record
   } kind = Kind::kFailed;
@@ -56,14 +60,20 @@ struct SupervisorTask {
 // Our end of a supervisor's socket, and its pid once it has begun. It sends on every message of the
 // workers for `tasks`, none of those for their children, and never waits for them to be read; it
 // ends after the last worker.
-// With a `view` it waits for kAdopt to tell which tasks to guard, until kResume. It ends when the
-// command ends before that or says kStandDown; in the first case it also ends what was restored
-// until then (the criu of kRestoring and all below it, the tasks adopted) and removes `view`, which
-// holds criu's images and its pidfile ("pid") and may not be there yet.
+// With a `view` it waits for kAdopt to tell which tasks to guard, and lets them run when kResume has
+// come and all are. It ends when the command ends before that or says kStandDown; in the first case
+// it also ends what was restored until then (the criu of kRestoring and all below it, the tasks
+// adopted). `view` holds criu's images and its pidfile ("pid") and may not be there yet; the death
+// of the command, also later, removes it.
 struct SupervisorHandle {
   Fd socket;
   StartingDaemon process;
 };
+// The detached process of an agent, which has nothing open of its maker's but `keep`. In the maker:
+// the handle. In the agent: nothing, and `pair.theirs`, which has to be among `keep`, is its end.
+[[nodiscard]] Result<std::optional<SupervisorHandle>> ForkAgent(StreamPair& pair,
+                                                                std::span<const int> keep,
+                                                                const AgentOptions& options);
 [[nodiscard]] Result<SupervisorHandle> StartSupervisor(
     const std::vector<SupervisorTask>& tasks, const AgentOptions& options,
     const std::optional<std::string>& view = std::nullopt);

@@ -66,14 +66,22 @@ std::string UserDataPath(const std::string& dir) {
 std::string LayersDirectory(const std::string& dir) {
   return dir + "/layers";
 }
+namespace {
+
+std::string LayerFile(const std::string& dir, const std::string& id, std::string_view suffix) {
+  return fmt::format("{}/{}{}", LayersDirectory(dir), id, suffix);
+}
+
+}  // namespace
+
 std::string LayerPagesPath(const std::string& dir, const std::string& id) {
-  return LayersDirectory(dir) + "/" + id + ".pages";
+  return LayerFile(dir, id, kPagesSuffix);
 }
 std::string LayerPackedPath(const std::string& dir, const std::string& id) {
-  return LayersDirectory(dir) + "/" + id + ".packed";
+  return LayerFile(dir, id, kPackedSuffix);
 }
 std::string LayerIndexPath(const std::string& dir, const std::string& id) {
-  return LayersDirectory(dir) + "/" + id + ".index";
+  return LayerFile(dir, id, kIndexSuffix);
 }
 
 bool IsPackedLayer(const std::string& dir, const std::string& id) {

@@ -42,6 +42,11 @@ class LayoutAllocator {
 [[nodiscard]] Result<std::string> NewId();
 [[nodiscard]] bool IsValidId(std::string_view id);
 
+// A layer's files are its id and one of these.
+inline constexpr std::string_view kPagesSuffix = ".pages";
+inline constexpr std::string_view kIndexSuffix = ".index";
+inline constexpr std::string_view kPackedSuffix = ".packed";
+
 // Names inside an image directory `dir`.
 [[nodiscard]] std::string ManifestPath(const std::string& dir);     // DIR/manifest.json
 [[nodiscard]] std::string CriuDirectory(const std::string& dir);    // DIR/criu

@@ -18,7 +18,6 @@
 namespace unmoor {
 namespace {
 
-constexpr std::string_view kPackedSuffix = ".packed";
 constexpr std::string_view kCacheInfix = ".unpacked-";
 constexpr size_t kBootDigits = 8;
 

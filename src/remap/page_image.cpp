@@ -4,11 +4,13 @@
 #include <algorithm>
 #include <cctype>
 
+#include "image/layout.h"
+
 namespace unmoor {
 namespace {
 
 bool IsOurLayer(std::string_view directory, std::string_view file) {
-  return directory.ends_with("/layers") && file.ends_with(".pages");
+  return directory.ends_with("/layers") && file.ends_with(kPagesSuffix);
 }
 
 bool IsCriuPages(std::string_view file) {

@@ -37,7 +37,6 @@ constexpr int kFirstLayerFd = 5;
 constexpr Nanos kZombiePatience{5'000'000'000};
 constexpr Nanos kDyingPatience{250'000'000};
 constexpr size_t kLayersAtOnce = 16;
-constexpr std::string_view kPagesSuffix = ".pages";
 constexpr char kLazySocket[] = "lazy-pages.socket";  // in criu's working directory
 
 // A directory that is gone when we are done, whatever happens. criu's log is moved out on failure.

@@ -146,17 +146,17 @@ void FindUnnamedLayers(const std::string& directory, std::vector<Garbage>& items
   if (!manifest || !names) return;
   std::set<std::string> known;
   for (const ManifestLayer& layer : manifest->layers) {
-    known.insert(layer.id + ".pages");
-    known.insert(layer.id + ".index");
+    known.insert(layer.id + std::string(kPagesSuffix));
+    known.insert(layer.id + std::string(kIndexSuffix));
     // Where both forms are, the packed one is not read.
-    if (IsPackedLayer(directory, layer.id)) known.insert(layer.id + ".packed");
+    if (IsPackedLayer(directory, layer.id)) known.insert(layer.id + std::string(kPackedSuffix));
   }
   for (const std::string& name : *names) {
     const bool repair = name.find(".repair-") != std::string::npos;
     const size_t dot = name.find('.');
     if (known.contains(name) || dot == std::string::npos || !IsValidId(name.substr(0, dot))) continue;
     const std::string suffix = name.substr(dot);
-    if (!repair && suffix != ".pages" && suffix != ".index" && suffix != ".packed") continue;
+    if (!repair && suffix != kPagesSuffix && suffix != kIndexSuffix && suffix != kPackedSuffix) continue;
     items.push_back({LayersDirectory(directory) + "/" + name,
                      repair ? "left by a repair that did not finish"
                             : "a layer file that the manifest does not name"});

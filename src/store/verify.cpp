@@ -20,9 +20,6 @@
 namespace unmoor {
 namespace {
 
-constexpr std::string_view kIndexSuffix = ".index";
-constexpr std::string_view kPagesSuffix = ".pages";
-constexpr std::string_view kPackedSuffix = ".packed";
 
 Damage Whole(std::string file, const Error& error) {
   return {std::move(file), std::nullopt, error.message(), {}};

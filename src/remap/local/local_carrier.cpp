@@ -300,9 +300,9 @@ RemapShare::Image RemapShare::OpenImage(const Area& area) const {
     image.fd = image.opened.get();
     break;
   }
-  constexpr std::string_view kPages = ".pages";
-  if (!verify_ || image.fd < 0 || !image.path.ends_with(kPages)) return image;
-  const std::string index = image.path.substr(0, image.path.size() - kPages.size()) + ".index";
+  if (!verify_ || image.fd < 0 || !image.path.ends_with(kPagesSuffix)) return image;
+  std::string index = image.path.substr(0, image.path.size() - kPagesSuffix.size());
+  index += kIndexSuffix;
   auto layer = LayerReader::Open(image.path, index);
   if (!layer || !IsFileOf(layer->pages_fd().get(), area) || !layer->LoadHashes()) return image;
   image.layer = std::make_shared<const LayerReader>(std::move(*layer));
