@@ -157,17 +157,22 @@ def redis_generations(story):
     redis.program.await_gone()
 
 
+def superseded(story, program, previous, folder):
+    """The program has been dumped into `folder` and ended; the directory of before goes. Returns `folder`."""
+    program.await_gone()
+    story.await_no_orphan()
+    if previous:
+        shutil.rmtree(previous)
+    return folder
+
+
 def tree_generations(story):
     """A parent and two forked children; each member's memory is compared with its own."""
     tree = Tree(story, "--mib", 32)
     previous = None
     for generation in range(3):
         folder, report = dump(story, tree.parent, f"generation-{generation}")
-        tree.await_gone()
-        story.await_no_orphan()
-        if previous:
-            shutil.rmtree(previous)
-        previous = folder
+        previous = superseded(story, tree, previous, folder)
         story.restore(tree.parent, folder)
         for member in tree.members:
             story.wait_ready(member)

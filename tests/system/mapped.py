@@ -24,6 +24,16 @@ def dump(story, program, name, *arguments):
     return chains.dump(story, program, name, "--while-mapped", *arguments)
 
 
+def live_to_the_end(story, churn, folder):
+    """Dumped into `folder` last of all: restored, remapped, all of its memory checked, ended."""
+    churn.await_gone()
+    story.await_no_orphan()
+    story.restore(churn, folder)
+    story.wait_ready(churn)
+    churn.await_sweep()
+    churn.end()
+
+
 def mapped_bytes(pid):
     return sum(v.end - v.begin for v in vmas(pid) if "/layers/" in v.name)
 
@@ -119,11 +129,7 @@ def half_remapped(story):
     for generation in range(6):
         folder, report = dump(story, churn, f"generation-{generation}")
         mapped += report["still_mapped"]
-        churn.await_gone()
-        story.await_no_orphan()
-        if previous:
-            shutil.rmtree(previous)
-        previous = folder
+        previous = chains.superseded(story, churn, previous, folder)
         story.restore(churn, folder)
         churn.await_progress("works while direct-mapped or being remapped")
         time.sleep(chance.random() * 0.1)
@@ -313,12 +319,7 @@ def tracked_churn(story):
         previous = folder
     demand(mapped >= 1, "it was never put back")
     folder, _ = track(story, churn, "last", "--prev-images-dir", previous)
-    churn.await_gone()
-    story.await_no_orphan()
-    story.restore(churn, folder)
-    story.wait_ready(churn)
-    churn.await_sweep()
-    churn.end()
+    live_to_the_end(story, churn, folder)
     story.demand_no_agent()
 
 
@@ -373,12 +374,7 @@ def tracker_killed(story):
     story.unmoor("remap", "-t", churn.pid)
     churn.await_sweep()
     folder, _ = track(story, churn, "last", "--prev-images-dir", base)
-    churn.await_gone()
-    story.await_no_orphan()
-    story.restore(churn, folder)
-    story.wait_ready(churn)
-    churn.await_sweep()
-    churn.end()
+    live_to_the_end(story, churn, folder)
 
 
 def children_of(pid):
@@ -392,11 +388,7 @@ def trees_and_redis(story):
     previous = None
     for generation in range(3):
         folder, report = dump(story, tree.parent, f"tree-{generation}")
-        tree.await_gone()
-        story.await_no_orphan()
-        if previous:
-            shutil.rmtree(previous)
-        previous = folder
+        previous = chains.superseded(story, tree, previous, folder)
         story.restore(tree.parent, folder, "--remap", "off")
         tree.await_rounds("works while mapped")
     demand(report["still_mapped"], f"{report}")
@@ -410,11 +402,7 @@ def trees_and_redis(story):
         digest = redis.digest()
         folder, report = dump(story, redis.program, f"redis-{generation}")
         demand(report["still_mapped"] == (generation > 0), f"{report}")
-        redis.program.await_gone()
-        story.await_no_orphan()
-        if previous:
-            shutil.rmtree(previous)
-        previous = folder
+        previous = chains.superseded(story, redis.program, previous, folder)
         story.restore(redis.program, folder, "--remap", "off")
         demand(redis.digest() == digest, f"other data after restore {generation}")
         writer = Writer(redis.port, generation)
