@@ -22,12 +22,11 @@
 
 #include "report.h"
 #include "timeline.h"
+#include "words.h"
 
 namespace bench {
 namespace {
 
-constexpr size_t kPage = 4096;
-constexpr size_t kWords = kPage / sizeof(uint64_t);
 constexpr size_t kStride = 64;  // a sweep writes every 64th word: 8 cache lines of a page
 
 struct Options {
@@ -74,13 +73,6 @@ Options Parse(int argc, char** argv) {
     Usage();
   }
   return options;
-}
-
-// No two words of the heap are alike.
-uint64_t Word(size_t index, uint64_t generation) {
-  uint64_t x = (index + 1) * 0x9E3779B97F4A7C15u ^ generation << 56;
-  x ^= x >> 29;
-  return x * 0xBF58476D1CE4E5B9u;
 }
 
 uint64_t Now() {
