@@ -89,9 +89,9 @@ class RestoreCases:
 
     def restore(self):
         """Rounds are as many as the time allows: small heaps in all of them, the largest in few."""
-        plan = ([(0, 5, 0), (1, 5, 0), (64, 3, 2), (256, 2, 0)] if self.quick else
-                [(0, 30, 0), (1, 30, 5), (256, 10, 5), (1024, 4, 3), (4096, 3, 0)])
-        for mib, warm, cold in plan:
+        plan = ([(0, 5, 0, 5), (1, 5, 0, 5), (64, 3, 2, 10), (256, 2, 0, 10)] if self.quick else
+                [(0, 30, 0, 15), (1, 30, 5, 40), (256, 10, 5, 70), (1024, 5, 3, 100), (4096, 3, 0, 130)])
+        for mib, warm, cold, seconds in plan:
             warm, cold = self.rounds or warm, (self.rounds if cold else 0) or cold
             ways = self.ways(without=() if mib else ("prefetch", "lazy", "eager", "stock-lazy"))
             program = Touch(self.stage, "touch", mib)
@@ -100,7 +100,7 @@ class RestoreCases:
             probing = "stock-probing" if mib <= 1 else None
             if probing:
                 contestants.append((probing, "warm"))
-            for number, (name, cache) in self.each_round(max(warm, cold), contestants):
+            for number, (name, cache) in self.each_round(max(warm, cold), contestants, seconds):
                 if number < (warm if cache == "warm" else cold):
                     way = self.probing_way() if name == probing else ways[name]
                     self.restore_measured("restore", program, way, folders[way.image], cache, number,
@@ -113,8 +113,8 @@ class RestoreCases:
     # Real programs, up to their answers.
 
     def served(self):
-        plan = ([(Redis, 128, 2)] if self.quick else [(Redis, 1024, 4), (Jvm, 256, 4)])
-        for kind, mib, rounds in plan:
+        plan = ([(Redis, 128, 2, 10)] if self.quick else [(Redis, 1024, 6, 150), (Jvm, 256, 6, 60)])
+        for kind, mib, rounds, seconds in plan:
             if not have(kind.__name__.lower()):
                 self.tell(f"no {kind.__name__.lower()}: not measured")
                 continue
@@ -123,10 +123,10 @@ class RestoreCases:
             folders = self.dump_all(program, ways)
             contestants = [(name, cache) for name in ways for cache in ("cold", "warm")]
             rounds = self.rounds or rounds
-            for number, (name, cache) in self.each_round(rounds, contestants):
+            for number, (name, cache) in self.each_round(rounds, contestants, seconds):
                 way = ways[name]
                 self.restore_measured("served", program, way, folders[way.image], cache, number,
-                                      rss=number == 0, thorough=number in (0, rounds - 1))
+                                      rss=number == 0, thorough=number < 2)
             self.remove_all(folders)
 
     # Eight at once.
@@ -138,7 +138,7 @@ class RestoreCases:
         images = [self.dump_all(program, ways) for program in programs]
         caches = ("warm",) if self.quick else ("cold", "warm")
         contestants = [(name, cache) for name in ways for cache in caches]
-        for number, (name, cache) in self.each_round(self.rounds or rounds, contestants):
+        for number, (name, cache) in self.each_round(self.rounds or rounds, contestants, 50):
             self.together_once(number, ways[name], cache, programs, images)
         for folders in images:
             self.remove_all(folders)
@@ -230,7 +230,7 @@ class RestoreCases:
                       huge_bytes=huge, rss=rss, verified=True)
         fresh = program.another()
         folders = self.dump_all(program, ways)
-        for number, name in self.each_round(self.rounds or rounds, ["never", *ways]):
+        for number, name in self.each_round(self.rounds or rounds, ["never", *ways], 45):
             if name == "never":
                 measure(fresh, name, number)
                 continue

@@ -1,6 +1,6 @@
-// A program whose heap is read as bench/run says, by way of a board in shared memory (board.h): how long
-// each first touch of a page takes after a restore, how fast all memory is read later, and whether
-// every byte is right.
+// A program whose heap is read as bench/run says, by way of a board in shared memory (board.h): how
+// long each first touch of a page takes after a restore, how fast all memory is read later, and
+// whether every byte is right.
 //
 // bench_touch --mib N --board FILE. SIGUSR1: do what the board says. Each word read is compared
 // with what was written at the start; a wrong one is counted on the board, and bench/run fails.
@@ -67,7 +67,8 @@ uint64_t Now() {
 
 Heap MakeHeap(size_t mib) {
   if (mib == 0) return {};
-  void* memory = mmap(nullptr, mib << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* memory =
+      mmap(nullptr, mib << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) Die("no memory");
   auto* words = static_cast<uint64_t*>(memory);
   const size_t pages = (mib << 20) / kPage;
@@ -98,8 +99,8 @@ class Random {
   uint64_t state_;
 };
 
-// The pages that all threads together touch, in order; thread t takes its part of the list. Nothing of
-// the heap's size is allocated: the first answer of a large program must not cost more.
+// The pages that all threads together touch, in order; thread t takes its part of the list. Nothing
+// of the heap's size is allocated: the first answer of a large program must not cost more.
 std::vector<uint32_t> PagesToTouch(const Heap& heap, const Board& board) {
   const uint64_t all = heap.pages;
   if (all == 0) return {};
@@ -201,4 +202,6 @@ class Task {
 }  // namespace
 }  // namespace bench
 
-int main(int argc, char** argv) { bench::Serve(bench::Parse(argc, argv)); }
+int main(int argc, char** argv) {
+  bench::Serve(bench::Parse(argc, argv));
+}

@@ -1,5 +1,5 @@
-// What the benchmarks' programs keep in their heaps: no two words are alike, so a page that is lost,
-// torn or at another place is seen.
+// What the benchmarks' programs keep in their heaps: no two words are alike, so a page that is
+// lost, torn or at another place is seen.
 #pragma once
 
 #include <cstddef>

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "agent/known_image.h"
+#include "agent/recording.h"
 #include "os/file.h"
 #include "os/process_control.h"
 #include "os/procfs.h"
@@ -136,6 +137,7 @@ void ForgetEndedProcesses() {
     const std::string_view rest(end, static_cast<size_t>(all - end));
     const bool forget = rest == ".json"              ? !ReadProgress(pid)
                         : rest == kKnownImageSuffix ? !FindKnownImage(pid)
+                        : rest == kRecordingSuffix  ? !FindRecording(pid)
                                                     : IsOfKilledWriter(rest);
     if (forget) (void)RemoveFile(RuntimeDirectory() + "/" + name);
   }

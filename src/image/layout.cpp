@@ -60,6 +60,15 @@ std::string ManifestPath(const std::string& dir) {
 std::string CriuDirectory(const std::string& dir) {
   return dir + "/criu";
 }
+std::string WorkingSetPath(const std::string& dir) {
+  return dir + "/working_set";
+}
+
+bool IsImagePart(std::string_view name) {
+  return name == "manifest.json" || name == "criu" || name == "layers" || name == "user_data" ||
+         name == "working_set" || name == "working_set.new" || name.ends_with(".log");
+}
+
 std::string UserDataPath(const std::string& dir) {
   return dir + "/user_data";
 }

@@ -51,10 +51,17 @@ inline constexpr std::string_view kPackedSuffix = ".packed";
 [[nodiscard]] std::string ManifestPath(const std::string& dir);     // DIR/manifest.json
 [[nodiscard]] std::string CriuDirectory(const std::string& dir);    // DIR/criu
 [[nodiscard]] std::string UserDataPath(const std::string& dir);     // DIR/user_data
+[[nodiscard]] std::string WorkingSetPath(const std::string& dir);   // DIR/working_set
 [[nodiscard]] std::string LayersDirectory(const std::string& dir);  // DIR/layers
 [[nodiscard]] std::string LayerPagesPath(const std::string& dir, const std::string& id);
 [[nodiscard]] std::string LayerPackedPath(const std::string& dir, const std::string& id);
 [[nodiscard]] std::string LayerIndexPath(const std::string& dir, const std::string& id);
+
+// A working set while it is written has this behind its name.
+inline constexpr std::string_view kFreshSuffix = ".new";
+
+// Whether an image directory may hold something of that name.
+[[nodiscard]] bool IsImagePart(std::string_view name);
 
 // Whether the layer is there in its packed form only.
 [[nodiscard]] bool IsPackedLayer(const std::string& dir, const std::string& id);

@@ -143,11 +143,7 @@ Result<> SyncTree(const std::string& directory) {
 bool IsCheckpointDirectory(const std::string& dir) {
   const auto names = ListDirectory(dir);
   if (!names || !std::ranges::binary_search(*names, "manifest.json")) return false;
-  const bool known = std::ranges::all_of(*names, [](const std::string& name) {
-    return name == "manifest.json" || name == "criu" || name == "layers" || name == "user_data" ||
-           name.ends_with(".log");
-  });
-  if (!known) return false;
+  if (!std::ranges::all_of(*names, IsImagePart)) return false;
   const auto text = ReadFile(ManifestPath(dir));
   return text && text->find("\"unmoor checkpoint\"") != std::string::npos;
 }

@@ -291,6 +291,11 @@ void StartWriteback(int fd, FileOffset offset, Bytes length) {
                           static_cast<off64_t>(length.value), SYNC_FILE_RANGE_WRITE);
 }
 
+void StartReading(int fd, FileRange range) {
+  (void)::posix_fadvise(fd, static_cast<off64_t>(range.begin.value),
+                        static_cast<off64_t>(range.size().value), POSIX_FADV_WILLNEED);
+}
+
 Result<std::string> MakeTemporaryDirectory(const std::string& parent, const std::string& prefix) {
   std::string path = parent + "/" + prefix + "XXXXXX";
   if (FailsByHook("mkdtemp", -1, path) || ::mkdtemp(path.data()) == nullptr)

@@ -66,6 +66,8 @@ namespace unmoor {
 [[nodiscard]] Result<> SyncPath(const std::string& path);  // a file or a directory
 // Starts write-back of a range without waiting for it. A hint: failure is ignored.
 void StartWriteback(int fd, FileOffset offset, Bytes length);
+// Starts reading a range into the page cache without waiting for it. A hint: failure is ignored.
+void StartReading(int fd, FileRange range);
 // A new directory below `parent`, named prefix + six random characters, mode 0700.
 [[nodiscard]] Result<std::string> MakeTemporaryDirectory(const std::string& parent,
                                                          const std::string& prefix);

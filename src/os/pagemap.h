@@ -18,6 +18,8 @@ enum class PageQuery {
   kOwn,
   // Of these, the ones written since the last scan with `new_baseline`.
   kOwnWritten,
+  // Everything its page tables have, of files too, but zero pages.
+  kPresent,
 };
 
 // `pagemap` is an open /proc/PID/pagemap. With `new_baseline` what is reported counts as unwritten

@@ -27,6 +27,7 @@
 #include "os/procfs.h"
 #include "os/socket.h"
 #include "restore/plan.h"
+#include "restore/prefetch.h"
 
 namespace unmoor {
 namespace {
@@ -165,6 +166,7 @@ class Restorer {
   std::vector<LayerReader> layers_;
   RestorePlan plan_;
   LazyImage lazy_;  // has the layers then
+  std::optional<Prefetch> prefetch_;
   RestoreReport report_;
 };
 
@@ -392,6 +394,7 @@ Result<Fd> Restorer::Restore(TemporaryView& view, std::optional<WaitingAgent>& a
   gate.CriuStarted();
   if (agent) {
     UNMOOR_TRY(agent->Started());
+    prefetch_.reset();  // it is no child of ours any more
     UNMOOR_TRY(agent->Guard(criu.pid()));
   }
   UNMOOR_TRY(BecomeSubreaper());
@@ -448,6 +451,13 @@ Result<RestoredProgram> Restorer::Run() {
   const Nanos begin = MonotonicNow();
   UNMOOR_TRY(Lock());
   UNMOOR_TRY(ListLayers());
+  // Eager reads everything, and in an order of its own.
+  if (options_.prefetch && options_.mode != RestoreMode::kEager && !listed_.empty()) {
+    if (auto prefetch = BeginPrefetch(image_)) {
+      report_.prefetched = prefetch->bytes;
+      prefetch_.emplace(std::move(*prefetch));
+    }
+  }
   if (!MayStartAtOnce() || lazy()) UNMOOR_TRY(Open());
   if (lazy()) UNMOOR_TRY(PrepareLazy());
   UNMOOR_ASSIGN(InterruptFd interrupt, InterruptFd::Create());

@@ -7,6 +7,8 @@
 // guards in place and lets them run. The view is removed as soon as criu has ended. A failure
 // before the program runs leaves no process, no view and a clear line; criu's log is kept then.
 //
+// A recorded working set (image/working_set.h) is read ahead from the first moment on (prefetch.h).
+//
 // Lazy: criu makes the memory anonymous and empty, with a userfaultfd, whose server (the agent)
 // brings the pages; nothing is ever mapped from the image.
 //
@@ -43,6 +45,7 @@ struct RestoreOptions {
   std::optional<std::string> criu;
   std::vector<std::string> criu_arguments;
   bool verbose = false;
+  bool prefetch = true;  // the recorded working set, if there is one
 };
 
 struct RestoreObserver {
@@ -61,6 +64,7 @@ struct RestoreReport {
   Bytes loaded;  // of `data`, copied by criu: the deltas of a chain
   uint64_t mappings = 0;
   Nanos criu_time;           // from criu's start until its tasks were ready, or it ended
+  Bytes prefetched;          // being read ahead, of a recorded working set
   bool criu_waited = false;  // for us to have its images ready
   Nanos elapsed;             // until the program ran
 };

@@ -124,10 +124,7 @@ Generation ReadGeneration(const std::string& directory) {
 // Made by a command of ours, as far as it got: a folder of somebody else's may have such a name.
 bool HoldsOnlyImageParts(const std::string& path) {
   const auto names = ListDirectory(path);
-  return names && std::ranges::all_of(*names, [](const std::string& name) {
-           return name == "manifest.json" || name == "criu" || name == "layers" ||
-                  name == "user_data" || name.ends_with(".log");
-         });
+  return names && std::ranges::all_of(*names, IsImagePart);
 }
 
 // Locked by a command at work, or gone meanwhile: not garbage. REQUIRES the store's lock, under

@@ -13,6 +13,7 @@
 #include "image/packed_layer.h"
 #include "image/overlay.h"
 #include "image/pack.h"
+#include "image/working_set.h"
 #include "os/file.h"
 #include "os/process_control.h"
 #include "store/repair.h"
@@ -36,6 +37,7 @@ class Verifier {
   void CheckLayer(uint32_t number, const std::string& id, const ManifestLayer* entry);
   void CheckAgreement();
   void CheckUserData();
+  void CheckWorkingSetFile();
   void CheckCriu();
   void CheckPagemap(criu::PageStreamId id);
   [[nodiscard]] std::vector<std::string> FindLayers() const;
@@ -165,6 +167,17 @@ void Verifier::CheckAgreement() {
   }
 }
 
+void Verifier::CheckWorkingSetFile() {
+  const std::string path = WorkingSetPath(report_.directory);
+  const auto set = ReadWorkingSet(report_.directory);
+  if (!set) {
+    report_.damages.push_back(Whole(path, set.error()));
+  } else if (*set) {
+    const auto fits = CheckWorkingSet(**set, *manifest_, path);
+    if (!fits) report_.damages.push_back(Whole(path, fits.error()));
+  }
+}
+
 void Verifier::CheckUserData() {
   if (!manifest_->user_data) return;
   const auto data = ReadUserData(report_.directory, *manifest_->user_data);
@@ -239,6 +252,7 @@ Result<VerifyDirectoryReport> Verifier::Run() {
   if (manifest_) {
     CheckAgreement();
     CheckUserData();
+    CheckWorkingSetFile();
   }
   if (!manifest_ || manifest_->kind == ImageKind::kProcess) CheckCriu();
   report_.elapsed = MonotonicNow() - begin;

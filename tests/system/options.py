@@ -132,6 +132,24 @@ def options_of_criu(story):
         refused(story, command, "-t", os.getpid(), "--", "--shell-job", expect=ERROR if command != "remap" else USER_MISTAKE)
 
 
+def own_bench(story):
+    """bench runs nothing without --yes, leaves a program that runs alone, and nothing of its copies behind."""
+    churn = story.start("churn", "--mib", 32)
+    image = story.path("image")
+    story.unmoor("dump", "-t", churn.pid, "-D", image, "-R")
+    refused(story, "bench", "-D", image, word="--yes")
+    outcome = refused(story, "bench", "-D", image, "--yes", expect=1)
+    demand("in use" in outcome.err, f"it says why not: {outcome}")
+    churn.await_progress("is not touched")
+    churn.end()
+    churn.await_gone()
+    told = story.unmoor("bench", "-D", image, "--yes", "--rounds", 1, "--json").json()
+    demand({mode["mode"] for mode in told["modes"]} == {"direct", "lazy", "eager"}, told)
+    demand(all(0 < mode["runs_ns"][0] <= mode["ready_ns"][0] for mode in told["modes"]), told)
+    demand(not exists(churn.pid), "the last copy is ended")
+    story.demand_no_agent()
+
+
 # What docs/cli.md promises a program that reads the output.
 STATUS = {"pid": int, "status": str, "reason": str, "direct_mapped_bytes": int, "direct_mapped_data_bytes": int,
           "images": list}
@@ -210,5 +228,5 @@ def json_for_programs(story):
 
 
 if __name__ == "__main__":
-    main({f.__name__: f for f in (max_pause, huge_pages, agent_log_and_pidfile, timeouts, options_of_criu,
+    main({f.__name__: f for f in (max_pause, huge_pages, agent_log_and_pidfile, timeouts, options_of_criu, own_bench,
                                   json_for_programs)})

@@ -16,6 +16,8 @@ constexpr CommandEntry kCommands[] = {
     {"dump", "Write a process and its children into an image directory", true, ConfigureDump},
     {"restore", "Run a checkpoint again, mapping its memory from the image", true,
      ConfigureRestore},
+    {"record", "Note which pages a program touches, for the next restore to read first", false,
+     ConfigureRecord},
     {"remap", "Make a restored process independent of its image, now", false, ConfigureRemap},
     {"status", "Is a process independent of its image: READY, LATER or NEVER", false,
      ConfigureStatus, 3},
@@ -32,6 +34,7 @@ constexpr CommandEntry kCommands[] = {
      ConfigureLog},
     {"rm", "Remove image directories", false, ConfigureRemove},
     {"gc", "Remove what killed commands left in a store", false, ConfigureCollect},
+    {"bench", "Time the ways to restore an image, on one's own program", false, ConfigureBench},
     {"check", "What works on this machine, what not, and what to do", false, ConfigureCheck},
     {"version", "Print the version", false, ConfigureVersion},
 };

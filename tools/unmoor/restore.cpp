@@ -6,11 +6,14 @@
 #include <cstdlib>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "agent_options.h"
 #include "base/log.h"
 #include "command.h"
+#include "os/file.h"
 #include "progress.h"
+#include "record.h"
 
 namespace unmoor::cli {
 namespace {
@@ -24,7 +27,10 @@ struct RestoreArguments {
   std::string pidfile;
   std::string criu;
   std::string agent_log;
+  std::string record_time;
   AgentArguments agent;
+  bool record = false;
+  bool no_prefetch = false;
   bool detached = false;
   bool verbose = false;
   bool json = false;
@@ -65,6 +71,13 @@ Result<RestoreOptions> ToOptions(const RestoreArguments& arguments, const Invoca
   if (!options.agent.remap && options.mode == RestoreMode::kLazy) {
     return UserError("--mode lazy maps nothing, so --remap off means nothing there");
   }
+  if (arguments.record && options.mode != RestoreMode::kDirect) {
+    return UserError("--record sees what is touched while it is mapped, so only under --mode direct");
+  }
+  if (!arguments.record_time.empty() && !arguments.record) {
+    return UserError("--record-time says how long --record is to record");
+  }
+  options.prefetch = !arguments.no_prefetch && !arguments.record;
   options.agent.log_file = arguments.agent_log;
   options.pidfile = arguments.pidfile;
   options.criu_arguments = invocation.criu_arguments;
@@ -82,6 +95,7 @@ void PrintReport(const RestoreReport& report) {
                            {"layer_bytes", report.data.value},
                            {"loaded_bytes", report.loaded.value},
                            {"mappings", report.mappings},
+                           {"prefetched_bytes", report.prefetched.value},
                            {"criu_ns", report.criu_time.value},
                            {"criu_waited", report.criu_waited},
                            {"elapsed_ns", report.elapsed.value}};
@@ -128,10 +142,30 @@ void TellUnpacked(const UnpackedCache& cache, const std::string& directory) {
   std::fputs(text.c_str(), stderr);
 }
 
+// It runs already: that it is not recorded is worth a warning.
+void Record(const RecordAfterRestore& wanted) {
+  if (const auto started = StartRecorder(wanted); !started) {
+    spdlog::warn("{}; nothing is recorded", started.error().message());
+    if (wanted.remap_afterwards) {
+      spdlog::warn("'unmoor remap -t {}' makes it independent", wanted.tasks.front().value);
+    }
+  }
+}
+
 int RunRestore(const RestoreArguments& arguments, const Invocation& invocation) {
   if (arguments.verbose) InitLogging(2);
   auto options = ToOptions(arguments, invocation);
   if (!options) return Report(options.error(), arguments.json);
+  RecordAfterRestore record;
+  if (arguments.record) {
+    record.agent = options->agent;
+    record.remap_afterwards = std::exchange(options->agent.remap, false);
+    if (!arguments.record_time.empty()) {
+      const auto until = ParseDuration(arguments.record_time, 1'000'000'000);
+      if (!until) return Report(until.error(), arguments.json);
+      record.until = *until;
+    }
+  }
   if (const auto imported = ImportStock(*options, arguments.json); !imported) {
     return Report(imported.error(), arguments.json);
   }
@@ -149,6 +183,12 @@ int RunRestore(const RestoreArguments& arguments, const Invocation& invocation) 
   if (!program) return Report(program.error(), arguments.json);
   const auto& unpacked = program->report().unpacked;
   if (unpacked && !arguments.json) TellUnpacked(*unpacked, arguments.directory);
+  if (arguments.record) {
+    record.tasks = program->report().tasks;
+    // Of a packed image in its unpacked form, as what is mapped: there the next restore looks for it.
+    record.directory = RealPath(unpacked ? unpacked->directory : options->directory).value_or(options->directory);
+    Record(record);
+  }
   if (arguments.json) PrintReport(program->report());
   std::fflush(stdout);
   // At once, without letting go of the interrupts: one that came late must not look like a failure.
@@ -178,6 +218,11 @@ Action ConfigureRestore(CLI::App& app) {
       ->option_text("direct|lazy|eager");
   app.add_option("--remap", arguments->remap, "Whether it is made independent by itself")
       ->option_text("background|off");
+  app.add_flag("--record", arguments->record,
+               "Note which pages it touches, until 'unmoor record --stop', for the next restore");
+  app.add_option("--record-time", arguments->record_time, "Record that long at most")
+      ->option_text("TIME");
+  app.add_flag("--no-prefetch", arguments->no_prefetch, "Do not read a recorded working set ahead");
   AddAgentOptions(app, arguments->agent);
   app.add_option("--pidfile", arguments->pidfile, "Write the root's process id to FILE")
       ->option_text("FILE");

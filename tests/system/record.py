@@ -1,0 +1,173 @@
+#!/usr/bin/env -S python3 -B
+"""Working sets: what a restored program touches is recorded, kept with the image, and read first by the
+next restore. It is a hint only: damaged, or left by a killed recorder, it costs nothing but time."""
+import ctypes
+import json
+import mmap
+import os
+import shutil
+import signal
+import struct
+
+from harness import LATER, USER_MISTAKE, demand, is_alive, main, poll
+
+# Verifies all of its memory at its end, and touches little before.
+TOUCHES_LITTLE = ("--threads", 1, "--mib", 256, "--rate", 50, "--sweep-ms", 100000000)
+DAMAGED = 3
+
+
+def working_set(image):
+    """(layer id, offset, length) of each range, as docs/format.md says."""
+    with open(os.path.join(image, "working_set"), "rb") as file:
+        data = file.read()
+    demand(data[:8] == b"unmoorWS", data[:8])
+    layers, ranges = struct.unpack_from("<QQ", data, 16)
+    ids = [data[48 + 16 * i:64 + 16 * i].hex() for i in range(layers)]
+    table = 48 + 16 * layers
+    found = [struct.unpack_from("<QQQ", data, table + 24 * i) for i in range(ranges)]
+    return [(ids[layer], offset, length) for layer, offset, length in found]
+
+
+def drop_cache(path):
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def resident(path):
+    """Which pages of a file are in the page cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        at = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    pages = (ctypes.c_ubyte * (size // 4096))()
+    demand(libc.mincore(ctypes.c_void_p(at), ctypes.c_size_t(size), pages) == 0, "mincore failed")
+    libc.munmap(ctypes.c_void_p(at), ctypes.c_size_t(size))
+    return pages
+
+
+def record(story, churn, image, *options):
+    story.restore(churn, image, "--record", *options)
+    churn.await_progress("works while it is recorded")
+    status = story.status(churn, expect=LATER)
+    demand("mapped" in status.out or "to go" in status.out, f"it is not remapped while it is recorded: {status}")
+    return story.unmoor("record", "-t", churn.pid, "--stop", "--json").json()
+
+
+def recorded_and_read_first(story):
+    """What was touched is recorded; the next restore reads that, and nothing else, before criu has begun."""
+    churn = story.start("churn", *TOUCHES_LITTLE)
+    image = story.dump(churn, "image")
+    told = record(story, churn, image)
+    demand(told["directory"] == image, told)
+    story.wait_ready(churn)
+    story.demand_no_agent()
+    ranges = working_set(image)
+    size = sum(length for _, _, length in ranges)
+    demand(size == told["working_set_bytes"] and 0 < size < 128 << 20, f"{size >> 20} MiB are recorded of a program that touched little")
+    story.unmoor("verify", image)
+    churn.end()
+    churn.await_gone()
+
+    pages = {layer: os.path.join(image, "layers", f"{layer}.pages") for layer, _, _ in ranges}
+    for path in pages.values():
+        drop_cache(path)
+    # criu never comes to run, so all that is in the page cache then was read ahead.
+    story.unmoor("restore", "-D", image, "-d", "--criu", "/bin/false", expect=1)
+
+    def all_there():
+        there = {layer: resident(path) for layer, path in pages.items()}
+        return all(all(there[layer][offset // 4096:(offset + length) // 4096]) for layer, offset, length in ranges)
+    poll(all_there, "the working set to be read", timeout=20)
+    cached = sum(page & 1 for path in pages.values() for page in resident(path)) * 4096
+    demand(cached < size + (128 << 20), f"{cached >> 20} MiB are read for a working set of {size >> 20}")
+
+    outcome = story.restore(churn, image, "--json")
+    demand(outcome.json()["prefetched_bytes"] == size, outcome.out)
+    churn.await_progress("works after its working set was read")
+    story.wait_ready(churn)
+    churn.end()
+    churn.await_gone()
+    outcome = story.restore(churn, image, "--no-prefetch", "--json")
+    demand(outcome.json()["prefetched_bytes"] == 0, outcome.out)
+    churn.end()
+
+
+def kept_with_the_image(story):
+    """Packed and unpacked it stays, flattened or replaced it goes; damaged it is found, and harmless."""
+    churn = story.start("churn", "--threads", 1, "--mib", 32)
+    image = story.dump(churn, "image")
+    record(story, churn, image)
+    story.wait_ready(churn)
+    churn.end()
+    churn.await_gone()
+    before = working_set(image)
+    story.unmoor("pack", image)
+    demand(working_set(image) == before, "it is packed with the image")
+    story.unmoor("unpack", image)
+    demand(working_set(image) == before, "and unpacked")
+    story.unmoor("verify", image)
+
+    path = os.path.join(image, "working_set")
+    with open(path, "rb") as file:
+        good = file.read()
+    for at in (0, 9, 20, 50, len(good) // 2, len(good) - 1):
+        with open(path, "wb") as file:
+            file.write(good[:at] + bytes([good[at] ^ 1]) + good[at + 1:])
+        outcome = story.unmoor("verify", image, "--quick", expect=DAMAGED)
+        demand("working_set" in outcome.out + outcome.err, f"byte {at}: {outcome}")
+    with open(path, "wb") as file:
+        file.write(good[:-1])
+    outcome = story.restore(churn, image)
+    demand("working_set" in outcome.err and "nothing is read ahead" in outcome.err, f"it says so: {outcome}")
+    churn.await_progress("runs from an image with a damaged working set")
+    # The one that is recorded next replaces it.
+    story.wait_ready(churn)
+    again = story.path("again")
+    story.unmoor("dump", "-t", churn.pid, "-D", again, "--full")
+    churn.await_gone()
+    record(story, churn, again)
+    story.wait_ready(churn)
+    demand(os.path.exists(os.path.join(again, "working_set")), "recorded")
+    story.unmoor("dump", "-t", churn.pid, "-D", again, "-R")
+    demand(not os.path.exists(os.path.join(again, "working_set")), "a new checkpoint has no working set yet")
+    story.unmoor("rm", image)
+    demand(not os.path.exists(image), "removed with it")
+    churn.await_sweep()
+    churn.end()
+
+
+def recorder_killed(story):
+    """Whoever is killed, the program runs on and can be remapped; what cannot be recorded is refused."""
+    churn = story.start("churn", "--threads", 2, "--mib", 64)
+    image = story.dump(churn, "image")
+    for options in (("--record", "--mode", "lazy"), ("--record-time", "1s"), ("--record", "--record-time", "soon")):
+        outcome = story.unmoor("restore", "-D", image, "-d", *options, expect=USER_MISTAKE)
+        demand(outcome.err.startswith("unmoor: "), f"one clear line: {outcome}")
+    story.restore(churn, image, "--record")
+    with open(os.path.join(story.runtime, f"{churn.pid}.record")) as file:
+        recorder = json.load(file)["recorder"]
+    story.unmoor("record", "-t", churn.pid, expect=USER_MISTAKE)  # one at a time
+    os.kill(recorder, signal.SIGKILL)
+    poll(lambda: not is_alive(recorder), "the recorder to be gone")
+    outcome = story.unmoor("record", "-t", churn.pid, "--stop", expect=1)
+    demand("killed" in outcome.err, f"it says what became of it: {outcome}")
+    demand(not os.path.exists(os.path.join(image, "working_set")), "nothing half is kept")
+    churn.await_progress("runs on")
+    # In the foreground, for a time.
+    told = story.unmoor("record", "-t", churn.pid, "--until-time", "100ms", "--json").json()
+    demand(told["working_set_bytes"] > 0 and told["elapsed_ns"] >= 100_000_000, told)
+    story.unmoor("remap", "-t", churn.pid)
+    outcome = story.unmoor("record", "-t", churn.pid, expect=USER_MISTAKE)
+    demand("maps no image" in outcome.err, f"why not: {outcome}")
+    story.unmoor("record", "-t", churn.pid, "--stop", expect=USER_MISTAKE)
+    shutil.rmtree(image)
+    churn.await_sweep()
+    story.demand_no_agent()
+    churn.end()
+
+
+if __name__ == "__main__":
+    main({f.__name__: f for f in (recorded_and_read_first, kept_with_the_image, recorder_killed)})
