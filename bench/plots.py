@@ -94,7 +94,8 @@ def first_answers(results, labels, folder):
                         fontsize=8)
         mib = results.distinct("served", "mib", program=program)[0]
         axis.set_title(f"{program}, {size(mib)}, {cache}", fontsize=10)
-        axis.set_xlim(0, axis.get_xlim()[1] * 1.22)
+        axis.set_xlim(0, axis.get_xlim()[1] * 1.4)
+        axis.set_ylim(0.4, len(names) + 0.6)
         axis.set_xlabel("ms")
         axis.grid(axis="x", alpha=0.25)
     figure.supxlabel("dark: it runs; middle: first answer; light: a little work more", fontsize=9, color="#555555")
