@@ -374,14 +374,18 @@ Result<std::vector<Carrier::PlannedArea>> LocalCarrier::Plan() {
 }
 
 Result<> LocalCarrier::PlanOnce() {
-  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(OwnPid()));
+  plan_.clear();
+  stale_ = false;
+  // The flags of mappings cost a walk over every page of the process: not to learn that all is
+  // done.
+  UNMOOR_ASSIGN(std::vector<VmaInfo> vmas, ReadMaps(OwnPid()));
+  if (std::ranges::none_of(vmas, MapsPageImage)) return {};
+  UNMOOR_ASSIGN(vmas, ReadSmaps(OwnPid()));
   if (vmas.size() + kSpareMaps > MaxMapCount()) {
     return Errno(ENOMEM, fmt::format("the process has {} of the {} mappings it may have; raise "
                                      "vm.max_map_count",
                                      vmas.size(), MaxMapCount()));
   }
-  plan_.clear();
-  stale_ = false;
   const std::vector<Area> areas = FindAreas(vmas, MapsPageImage, none_);
   const RangeSet refused = share_->refused();
   for (const ScopeRange& scope : scope_) {
