@@ -74,6 +74,7 @@ StoppedThread::~StoppedThread() {
 }
 
 StoppedThread::State StoppedThread::Poll() {
+  if (thread_.value == 0) return State::kGone;
   if (stopped_) return State::kStopped;
   int status = 0;
   const pid_t waited = ::waitpid(thread_.value, &status, __WALL | WNOHANG);
