@@ -46,8 +46,8 @@ void OnFault(int signal, siginfo_t* info, void* context) {
     prctl(PR_GET_NAME, name);
     // Where in the program: as `addr2line` takes it.
     extern const char executable_begin __asm__("__executable_start");
-    const auto at = static_cast<uint64_t>(
-        static_cast<const ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+    const auto at =
+        static_cast<uint64_t>(static_cast<const ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
     Fail("unexpected signal %d, code %d, at %p, in thread %s at %#llx", signal, info->si_code,
          info->si_addr, name,
          (unsigned long long)(at - reinterpret_cast<uintptr_t>(&executable_begin)));
@@ -448,7 +448,8 @@ void Writer::LiveAsChild() {
     }
   }
   __atomic_fetch_add(&arena_.counters()[0], 1, __ATOMIC_RELAXED);
-  _exit(0);
+  syscall(SYS_exit_group, 0);  // past locks a bare fork may have found held
+  __builtin_unreachable();
 }
 
 void Writer::Spawn() {
