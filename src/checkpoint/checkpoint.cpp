@@ -16,6 +16,7 @@
 #include "checkpoint/page_router.h"
 #include "checkpoint/parent.h"
 #include "checkpoint/still_mapped.h"
+#include "checkpoint/write_ahead.h"
 #include "criu/metadata.h"
 #include "criu/rewrite.h"
 #include "criu/runner.h"
@@ -87,7 +88,8 @@ bool IsOurAgent(Pid tracer) {
 // RemapProcess with a time limit. Its thread may outlive the wait and owns all it touches; the
 // agent goes on by itself anyway.
 Result<> RemapWithin(Pid pid, Nanos timeout,
-                     const std::function<void(const RemapReport&)>& progress) {
+                     const std::function<void(const RemapReport&)>& progress,
+                     const std::function<Result<>()>& go_on) {
   struct Shared {
     std::mutex mutex;
     std::condition_variable changed;
@@ -111,6 +113,7 @@ Result<> RemapWithin(Pid pid, Nanos timeout,
   while (!shared->result) {
     shared->changed.wait_for(lock, std::chrono::milliseconds(50));
     if (shared->report) progress(*std::exchange(shared->report, std::nullopt));
+    UNMOOR_TRY(go_on());
     if (timeout.value >= 0 && MonotonicNow() > end) return {};  // the caller looks how far it came
   }
   if (!*shared->result) return Failure(shared->result->error());
@@ -132,24 +135,31 @@ class Dumper {
 
   [[nodiscard]] Result<> CheckDirectory();
   [[nodiscard]] Result<> OpenParent();
+  [[nodiscard]] Result<> PrepareDirectory();
+  [[nodiscard]] Result<> GoOn();
+  [[nodiscard]] bool IsIndependent() const;
+  [[nodiscard]] Result<> WriteBeforeFreeze();
   [[nodiscard]] Result<> LinkParentLayers(const std::string& directory) const;
   [[nodiscard]] Result<> FinishRemap();
   [[nodiscard]] Result<> FinishRemapOf(Pid pid);
   [[nodiscard]] Bytes ExpectedBytes() const;
-  [[nodiscard]] Result<> RunCriu(const criu::CriuBinary& criu, Publisher& publisher,
-                                 PageRouter& router, InterruptFd& interrupt);
-  [[nodiscard]] criu::CriuCommand Command(const Publisher& publisher, int socket) const;
+  [[nodiscard]] Result<> RunCriu(const criu::CriuBinary& criu, PageRouter& router);
+  [[nodiscard]] criu::CriuCommand Command(int socket) const;
   [[nodiscard]] Result<Manifest> MakeManifest(const std::string& directory,
                                               const PageRouter& router) const;
   [[nodiscard]] Result<> MakeAnonymousAgain(const std::string& directory,
                                             const PageRouter& router) const;
-  [[nodiscard]] Result<> Publish(Publisher& publisher, const PageRouter& router);
+  [[nodiscard]] Result<> Publish(const PageRouter& router);
+  [[nodiscard]] bool IsNew(const ManifestLayer& layer, const PageRouter& router) const;
   void Pack(const std::string& directory, const ManifestLayer& layer);
 
   const CheckpointOptions& options_;
   const CheckpointObserver& observer_;
   CheckpointReport report_;
+  std::optional<InterruptFd> interrupt_;  // from the moment there is something to clean up
+  std::optional<Publisher> publisher_;
   std::optional<Parent> parent_;
+  std::string layer_ahead_;  // id of the one written before the freeze
   std::vector<HoldOff> held_;
   std::vector<std::string> mapped_files_;  // CRIU's keys; the program is dumped as it is
   bool must_be_remapped_ = false;          // and could not be
@@ -172,9 +182,12 @@ Result<> Dumper::FinishRemapOf(Pid pid) {
     spdlog::warn("process {} is not ready yet ({}); waiting for that first", Describe(pid),
                  status.reason);
   }
-  UNMOOR_TRY(RemapWithin(pid, options_.remap_timeout, [&](const RemapReport& progress) {
-    if (observer_.remapping) observer_.remapping(pid, progress);
-  }));
+  UNMOOR_TRY(RemapWithin(
+      pid, options_.remap_timeout,
+      [&](const RemapReport& progress) {
+        if (observer_.remapping) observer_.remapping(pid, progress);
+      },
+      [this] { return GoOn(); }));
   UNMOOR_ASSIGN(status, QueryStatus(pid));
   if (status.status == Status::kReady) return {};
   return MachineError(
@@ -218,6 +231,7 @@ Result<> Dumper::LinkParentLayers(const std::string& directory) const {
   if (!parent_) return {};
   bool told = false;
   for (const LayerReader& layer : parent_->layers()) {
+    if (layer.id() == layer_ahead_) continue;
     UNMOOR_TRY(FaultPoint("dump.link"));
     const std::string pages = LayerPagesPath(directory, layer.id());
     UNMOOR_TRY(LinkOrCopyFile(layer.pages_fd().get(), pages));
@@ -233,6 +247,72 @@ Result<> Dumper::LinkParentLayers(const std::string& directory) const {
     }
   }
   return {};
+}
+
+// With the layer written ahead, if any, and nothing of an earlier try.
+Result<> Dumper::PrepareDirectory() {
+  if (!interrupt_) {
+    UNMOOR_ASSIGN(InterruptFd interrupt, InterruptFd::Create());
+    interrupt_.emplace(std::move(interrupt));
+  }
+  if (!publisher_) {
+    UNMOOR_ASSIGN(Publisher publisher, Publisher::Begin(options_.directory));
+    publisher_.emplace(std::move(publisher));
+    UNMOOR_TRY(MakeDirectory(LayersDirectory(publisher_->path()), 0700));
+  }
+  UNMOOR_TRY(RemoveTree(CriuDirectory(publisher_->path())));
+  const std::string layers = LayersDirectory(publisher_->path());
+  UNMOOR_ASSIGN(const std::vector<std::string> names, ListDirectory(layers));
+  for (const std::string& name : names) {
+    const bool ahead = !layer_ahead_.empty() && name.starts_with(layer_ahead_);
+    if (!ahead) UNMOOR_TRY(RemoveFile(layers + "/" + name));
+  }
+  return MakeDirectory(CriuDirectory(publisher_->path()), 0700);
+}
+
+Result<> Dumper::GoOn() {
+  if (interrupt_ && interrupt_->Take() != 0) return MachineError("interrupted");
+  return {};
+}
+
+bool Dumper::IsIndependent() const {
+  const auto tree = ReadTree(options_.pid);
+  return tree && std::ranges::all_of(*tree, [](Pid pid) {
+           const auto status = QueryStatus(pid);
+           return !status || status->status == Status::kReady;
+         });
+}
+
+// What it wrote is a parent to the dump, and its layer part of the new checkpoint.
+Result<> Dumper::WriteBeforeFreeze() {
+  UNMOOR_TRY(PrepareDirectory());
+  UNMOOR_ASSIGN(const std::vector<Pid> tree, ReadTree(options_.pid));
+  WriteAheadOptions ahead;
+  ahead.directory = publisher_->path();
+  UNMOOR_ASSIGN(ahead.layer_id, NewId());
+  ahead.most_rounds = options_.pre_dump_rounds;
+  ahead.parent = parent_ ? &*parent_ : nullptr;
+  ahead.parent_asked_for = options_.parent.has_value();
+  ahead.plan = options_.plan;
+  ahead.go_on = [this] { return GoOn(); };
+  ahead.progress = observer_.writing_ahead;
+  auto written = WriteAhead(tree, ahead);
+  if (!written) {
+    return Failure(Error(written.error().kind(), written.error().errnum(),
+                         fmt::format("{}; nothing was written and process {} runs on",
+                                     written.error().message(), Describe(options_.pid))));
+  }
+  if (!*written) return {};
+  WrittenAhead& result = **written;
+  layer_ahead_ = result.layer.id();
+  report_.rounds = result.rounds;
+  spdlog::debug("{} rounds before the freeze; {} differed in the last", result.rounds,
+                HumanBytes(result.last_round));
+  UNMOOR_ASSIGN(Parent parent,
+                Parent::Over(std::exchange(parent_, std::nullopt), publisher_->path(),
+                             std::move(result.layer), result.tasks));
+  parent_.emplace(std::move(parent));
+  return FaultPoint("dump.written_ahead");
 }
 
 Result<> Dumper::FinishRemap() {
@@ -262,13 +342,13 @@ Bytes Dumper::ExpectedBytes() const {
   return sum;
 }
 
-criu::CriuCommand Dumper::Command(const Publisher& publisher, int socket) const {
+criu::CriuCommand Dumper::Command(int socket) const {
   criu::CriuCommand command;
   command.args = {"dump",
                   "-t",
                   std::to_string(options_.pid.value),
                   "-D",
-                  CriuDirectory(publisher.path()),
+                  CriuDirectory(publisher_->path()),
                   "--page-server",
                   "--ps-socket",
                   std::to_string(kPageServerFd)};
@@ -287,15 +367,14 @@ criu::CriuCommand Dumper::Command(const Publisher& publisher, int socket) const 
   return command;
 }
 
-Result<> Dumper::RunCriu(const criu::CriuBinary& criu, Publisher& publisher, PageRouter& router,
-                         InterruptFd& interrupt) {
+Result<> Dumper::RunCriu(const criu::CriuBinary& criu, PageRouter& router) {
   UNMOOR_ASSIGN(StreamPair sockets, StreamPair::Create());
   criu::PageServer server(std::move(sockets.ours), router);
   Result<> served;
   std::thread serving([&] { served = server.Run(); });
 
-  criu::CriuCommand command = Command(publisher, sockets.theirs.get());
-  command.interrupt = &interrupt;
+  criu::CriuCommand command = Command(sockets.theirs.get());
+  command.interrupt = &*interrupt_;
   bool interrupted = false;
   command.on_interrupt = [&] {
     interrupted = true;
@@ -387,7 +466,9 @@ Result<Manifest> Dumper::MakeManifest(const std::string& directory,
   manifest.page_size = host.page_size;
   manifest.cpu_features = host.cpu_features;
   manifest.root_vpid = tasks.front().vpid;
-  if (parent_) manifest.parent_id = parent_->manifest().checkpoint_id;
+  if (parent_ && !parent_->is_no_checkpoint()) {
+    manifest.parent_id = parent_->manifest().checkpoint_id;
+  }
   for (const criu::Task& task : tasks) {
     ManifestTask entry;
     entry.vpid = task.vpid;
@@ -406,10 +487,10 @@ Result<Manifest> Dumper::MakeManifest(const std::string& directory,
     manifest.tasks.push_back(std::move(entry));
   }
   if (router.layer()) UNMOOR_TRY(router.DescribeLayers(manifest, directory));
-  // What of the new layer is used.
+  // What of the new layers is used.
   manifest.written = Bytes(0);
   for (const ManifestLayer& layer : manifest.layers) {
-    if (router.layer() && layer.id == router.layer()->id) manifest.written = layer.data;
+    if (IsNew(layer, router)) *manifest.written += layer.data;
   }
   return manifest;
 }
@@ -432,27 +513,34 @@ Result<> RemoveUnusedLayers(const Manifest& manifest, const std::string& directo
 void Dumper::Pack(const std::string& directory, const ManifestLayer& layer) {
   const auto packed = PackLayerIn(directory, layer, *options_.compression, observer_.packing);
   if (packed) {
-    report_.packed = *packed;
+    report_.packed = report_.packed.value_or(Bytes(0)) + *packed;
   } else {
     spdlog::warn("{}; the image is complete, but not packed", packed.error().message());
   }
 }
 
-Result<> Dumper::Publish(Publisher& publisher, const PageRouter& router) {
-  UNMOOR_TRY(MakeAnonymousAgain(publisher.path(), router));
-  UNMOOR_ASSIGN(report_.manifest, MakeManifest(publisher.path(), router));
-  UNMOOR_TRY(RemoveUnusedLayers(report_.manifest, publisher.path()));
-  UNMOOR_TRY(WriteManifest(publisher.path(), report_.manifest));
+bool Dumper::IsNew(const ManifestLayer& layer, const PageRouter& router) const {
+  return layer.id == layer_ahead_ || (router.layer() && layer.id == router.layer()->id);
+}
+
+Result<> Dumper::Publish(const PageRouter& router) {
+  const std::string& directory = publisher_->path();
+  UNMOOR_TRY(MakeAnonymousAgain(directory, router));
+  UNMOOR_ASSIGN(report_.manifest, MakeManifest(directory, router));
+  UNMOOR_TRY(RemoveUnusedLayers(report_.manifest, directory));
+  UNMOOR_TRY(WriteManifest(directory, report_.manifest));
+  report_.written = *report_.manifest.written;
   for (const ManifestLayer& layer : report_.manifest.layers) {
-    const bool fresh = router.layer() && layer.id == router.layer()->id;
-    if (fresh) report_.written = layer.data;
-    if (fresh && options_.compression) Pack(publisher.path(), layer);
-    if (!fresh) report_.parent = parent_->directory();
+    if (!IsNew(layer, router)) {
+      report_.parent = parent_->directory();
+    } else if (options_.compression) {
+      Pack(directory, layer);
+    }
   }
-  if (parent_ && !report_.parent) {
+  if (parent_ && !parent_->is_no_checkpoint() && !report_.parent) {
     spdlog::warn("nothing of {} was of use; dumped in full", parent_->directory());
   }
-  return publisher.Publish();
+  return publisher_->Publish();
 }
 
 Result<CheckpointReport> Dumper::Run() {
@@ -463,9 +551,19 @@ Result<CheckpointReport> Dumper::Run() {
   if (criu.version) criu_version_ = criu::ToString(*criu.version);
   UNMOOR_TRY(CheckDirectory());
   UNMOOR_TRY(OpenParent());
-  UNMOOR_ASSIGN(const bool dumped, DumpMapped(criu));
+  // Of a program that still maps its image, what it has written since is known.
+  const bool writes_ahead = options_.pre_dump_rounds > 0;
+  if (writes_ahead && IsIndependent()) UNMOOR_TRY(WriteBeforeFreeze());
+  UNMOOR_ASSIGN(bool dumped, DumpMapped(criu));
   if (!dumped) {
-    UNMOOR_TRY(FinishRemap());  // a Ctrl-C may simply end us here
+    UNMOOR_TRY(FinishRemap());
+    if (writes_ahead && layer_ahead_.empty()) {
+      UNMOOR_TRY(WriteBeforeFreeze());
+      UNMOOR_ASSIGN(dumped, DumpMapped(criu));
+      if (!dumped) UNMOOR_TRY(FinishRemap());
+    }
+  }
+  if (!dumped) {
     UNMOOR_ASSIGN(held_, HoldTree(options_.pid));
     UNMOOR_TRY(DumpHeld(criu));
   }
@@ -480,7 +578,7 @@ Result<CheckpointReport> Dumper::Run() {
 // The agents leave as soon as they have put back what they can: the programs are asked for.
 Result<std::vector<HoldOff>> Dumper::PutBackOnLayers() {
   std::vector<HoldOff> asked;
-  if (!options_.track_mem) return asked;
+  if (!options_.track_mem && layer_ahead_.empty()) return asked;
   UNMOOR_ASSIGN(asked, AskForTree(options_.pid));
   UNMOOR_ASSIGN(const std::vector<PutBackTask> tasks,
                 FindShownByParent(asked, *parent_, options_.plan));
@@ -493,7 +591,8 @@ Result<std::vector<HoldOff>> Dumper::PutBackOnLayers() {
 
 // False: not possible, the remap is to be finished first. Why is said, and then nothing was done.
 Result<bool> Dumper::DumpMapped(const criu::CriuBinary& criu) {
-  if (!(options_.while_mapped || options_.track_mem) || !parent_) return false;
+  const bool wanted = options_.while_mapped || options_.track_mem || options_.pre_dump_rounds > 0;
+  if (!wanted || !parent_) return false;
   const auto not_possible = [this](const std::string& why) {
     held_.clear();
     mapped_files_.clear();
@@ -522,12 +621,9 @@ Result<bool> Dumper::DumpMapped(const criu::CriuBinary& criu) {
 
 Result<> Dumper::DumpHeld(const criu::CriuBinary& criu) {
   UNMOOR_TRY(CheckUntraced(options_.pid, Nanos(5'000'000'000)));
-  UNMOOR_ASSIGN(InterruptFd interrupt, InterruptFd::Create());
-  UNMOOR_ASSIGN(Publisher publisher, Publisher::Begin(options_.directory));
-
-  UNMOOR_TRY(MakeDirectory(CriuDirectory(publisher.path()), 0700));
-  UNMOOR_TRY(MakeDirectory(LayersDirectory(publisher.path()), 0700));
-  UNMOOR_TRY(LinkParentLayers(publisher.path()));
+  UNMOOR_TRY(PrepareDirectory());
+  const std::string directory = publisher_->path();
+  UNMOOR_TRY(LinkParentLayers(directory));
   const char* const temporary = std::getenv("TMPDIR");
   UNMOOR_ASSIGN(const std::string log_directory,
                 MakeTemporaryDirectory(temporary != nullptr ? temporary : "/tmp", "unmoor-dump-"));
@@ -535,13 +631,13 @@ Result<> Dumper::DumpHeld(const criu::CriuBinary& criu) {
 
   PageRouter::Options routing;
   routing.root = options_.pid;
-  routing.criu_directory = CriuDirectory(publisher.path());
-  routing.layers_directory = LayersDirectory(publisher.path());
+  routing.criu_directory = CriuDirectory(directory);
+  routing.layers_directory = LayersDirectory(directory);
   UNMOOR_ASSIGN(routing.layer_id, NewId());
   routing.sync = !options_.leave_running;
   routing.plan = options_.plan;
   if (parent_) routing.parent = &*parent_;
-  routing.parent_asked_for = options_.parent.has_value();
+  routing.parent_asked_for = options_.parent.has_value() || !layer_ahead_.empty();
   routing.still_mapped = !mapped_files_.empty();
   if (observer_.dumping) {
     routing.progress = [this, expected = ExpectedBytes()](Bytes done) {
@@ -550,21 +646,24 @@ Result<> Dumper::DumpHeld(const criu::CriuBinary& criu) {
   }
   PageRouter router(std::move(routing));
 
-  if (auto dumped = RunCriu(criu, publisher, router, interrupt); !dumped) {
+  auto dumped = RunCriu(criu, router);
+  if (dumped) dumped = router.Complete();
+  if (!dumped) {
     const Error& error = dumped.error();
     const bool named = error.message().find(log_path_) != std::string::npos;
     if (!named || stuck_) (void)RemoveTree(log_directory);
+    if (layer_ahead_.empty()) publisher_.reset();
     return Failure(Error(error.kind(), error.errnum(),
                          fmt::format("{}; nothing was written and process {} runs on",
                                      error.message(), Describe(options_.pid))));
   }
   if (options_.verbose) {
-    (void)CopyFile(log_path_, CriuDirectory(publisher.path()) + "/dump.log");
+    (void)CopyFile(log_path_, CriuDirectory(directory) + "/dump.log");
   }
   (void)RemoveTree(log_directory);
 
-  interrupt.TooLate();
-  if (auto published = Publish(publisher, router); !published) {
+  interrupt_->TooLate();
+  if (auto published = Publish(router); !published) {
     if (options_.leave_running) {
       return Failure(Error(published.error().kind(), published.error().errnum(),
                            fmt::format("{}; nothing was written and process {} runs on",
@@ -572,18 +671,16 @@ Result<> Dumper::DumpHeld(const criu::CriuBinary& criu) {
     }
     // The program is gone: what was written is all there is of it.
     const std::string saved = options_.directory + ".unpublished";
-    if (!Exists(publisher.path()) || !Rename(publisher.path(), saved))
-      return Failure(published.error());
+    if (!Exists(directory) || !Rename(directory, saved)) return Failure(published.error());
     return MachineError("{}; the program has ended, its complete data is kept in {}",
                         published.error().message(), saved);
   }
-  report_.directory = publisher.target();
+  report_.directory = publisher_->target();
   report_.frozen = FrozenTime(CriuDirectory(report_.directory));
   for (const ManifestLayer& layer : report_.manifest.layers) {
-    const bool packed = report_.packed && IsPackedLayer(report_.directory, layer.id);
-    report_.allocated += packed ? *report_.packed : layer.allocated;
+    if (!IsPackedLayer(report_.directory, layer.id)) report_.allocated += layer.allocated;
   }
-  report_.allocated += router.criu_bytes();
+  report_.allocated += report_.packed.value_or(Bytes(0)) + router.criu_bytes();
   report_.read = router.received();
   report_.still_mapped = !mapped_files_.empty();
   return {};

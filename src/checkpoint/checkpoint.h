@@ -2,7 +2,8 @@
 //
 // Checks what the user asked for, finishes a pending remap unless the program can be dumped as it
 // is (still_mapped.h), runs `criu dump` with ourselves as its page server (page_router.h), compares
-// CRIU's metadata with our plan, writes the manifest and publishes. After a parent (parent.h) only
+// CRIU's metadata with our plan, writes the manifest and publishes. Where it was asked for, the
+// memory is written before the program is frozen (write_ahead.h). After a parent (parent.h) only
 // what differs is written; the parent's layers are linked into the new directory before the program
 // is touched, and those not needed removed at the end. Whatever fails before criu has exited with
 // 0, the program runs on as if nothing had happened and no directory is left; what fails after it
@@ -39,6 +40,9 @@ struct CheckpointOptions {
   // And one that is independent of it is compared with the parent while it runs, so that only what
   // differs is read while it stands still. Implies while_mapped.
   bool track_mem = false;
+  // The memory is written while the program runs, in at most so many rounds, and only what it has
+  // changed since is read while it stands still. 0: not.
+  int pre_dump_rounds = 0;
   std::optional<std::string> criu;
   std::vector<std::string> criu_arguments;
   std::string tool_version;
@@ -53,7 +57,9 @@ struct CheckpointObserver {
   std::function<void(Pid, const RemapReport&)> remapping;
   // Bytes received of the expected ones (an estimate made before the dump).
   std::function<void(Bytes done, Bytes expected)> dumping;
-  // The new layer, after that.
+  // Of a round before the dump (pre_dump_rounds).
+  std::function<void(Bytes done, Bytes expected)> writing_ahead;
+  // The new layers, after that.
   std::function<void(Bytes done, Bytes total)> packing;
 };
 
@@ -67,8 +73,9 @@ struct CheckpointReport {
   bool still_mapped = false;  // dumped while it mapped its image, of which only changes were read
   std::optional<std::string> parent;  // of which layers are used; nothing: a full dump
   Bytes read;                         // pages that CRIU read while the program stood still
-  Bytes written;                      // pages in the new layer
-  std::optional<Bytes> packed;        // the new layer's bytes when packed
+  Bytes written;                      // pages in new layers
+  int rounds = 0;                     // of writing before the freeze
+  std::optional<Bytes> packed;        // the new layers' bytes when packed
 };
 
 [[nodiscard]] Result<CheckpointReport> Dump(const CheckpointOptions& options,

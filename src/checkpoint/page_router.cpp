@@ -13,23 +13,6 @@
 #include "os/remote_memory.h"
 
 namespace unmoor {
-namespace {
-
-// Whether so much differs from the parent that the VMA is better written in full: a delta's pages
-// are copied at restore instead of mapped. Told from a sample, since the answer is needed before
-// the first page comes; right or wrong, it decides about cost only. Nobody who did not ask for a
-// delta shall find a slower restore: then a few megabytes are too much.
-bool IsMostlyChanged(const PageSource& now, const DeltaWriter& writer, const LayerBase& base,
-                     bool asked_for) {
-  constexpr uint64_t kUnnoticed = uint64_t{4} << 20;
-  constexpr uint64_t kEnough = uint64_t{64} << 20;  // less is copied in no time
-  if (base.pages.data.value < (asked_for ? kEnough : kUnnoticed)) return false;
-  const double changed = writer.SampleChanged(base, now);
-  if (!asked_for) return changed * static_cast<double>(base.pages.data.value) > kUnnoticed;
-  return changed > 0.25;
-}
-
-}  // namespace
 
 Result<> PageRouter::Keep(Result<> result) {
   if (!result && !first_error_) first_error_ = result.error();
@@ -119,7 +102,7 @@ Result<std::optional<LayerBase>> PageRouter::FindBase(uint32_t vpid, Pid pid,
   };
   // Writing mapped memory in full costs time in which the program stands still.
   const bool asked_for = options_.parent_asked_for || still_mapped;
-  if (base && fits(*base) && !IsMostlyChanged(now, *writer_, *base, asked_for)) return base;
+  if (base && fits(*base) && !IsMostlyChanged(*writer_, *base, asked_for, now)) return base;
   base.reset();
   const auto info = ReadProcess(pid);
   const auto owner = std::ranges::find_if(
@@ -142,7 +125,7 @@ Result<> PageRouter::OpenTask(uint32_t vpid) {
     writer_.emplace(options_.layers_directory, options_.layer_id,
                     options_.parent != nullptr ? std::span(options_.parent->layers())
                                                : std::span<const LayerReader>(),
-                    pids_.size() > 1);
+                    pids_.size() > 1, options_.sync ? WriteBack::kAsItGoes : WriteBack::kLater);
   }
   std::vector<DeltaVma> mapped;
   for (const PlannedVma& item : task.plan) {
@@ -160,13 +143,46 @@ Result<> PageRouter::OpenTask(uint32_t vpid) {
 
 Result<> PageRouter::Pages(criu::PageStreamId id, Vaddr at, uint32_t flags,
                            std::span<const std::byte> data) {
+  UNMOOR_TRY(CountReceived(Bytes(data.size())));
+  return Keep(RoutePages(id, at, flags, data));
+}
+
+Result<> PageRouter::CountReceived(Bytes size) {
   UNMOOR_TRY(Keep(FaultPoint("dump.pages")));
-  received_ += Bytes(data.size());
-  if (const Nanos now = MonotonicNow(); options_.progress && now - told_at_ > Nanos(100'000'000)) {
+  received_ += size;
+  if (!options_.progress) return {};
+  if (const Nanos now = MonotonicNow(); now - told_at_ > Nanos(100'000'000)) {
     told_at_ = now;
     options_.progress(received_);
   }
-  return Keep(RoutePages(id, at, flags, data));
+  return {};
+}
+
+// The first page of a task is looked at.
+Result<std::span<std::byte>> PageRouter::Room(criu::PageStreamId id, Vaddr at, Bytes want) {
+  const bool known = !first_pages_.empty() && first_pages_.back().id == id;
+  if (id.kind != criu::StreamKind::kTask || !known) return std::span<std::byte>();
+  const auto vpid = static_cast<uint32_t>(id.id);
+  const auto item = FindVma(vpid, at);
+  if (!item) return Keep(Failure(item.error())).map([] { return std::span<std::byte>(); });
+  if (!(*item)->mapped) return std::span<std::byte>();
+  auto room = writer_->Room(vpid, at, std::min(want, (*item)->vma.range.end - at));
+  if (!room) UNMOOR_TRY(Keep(Failure(room.error())));
+  return room;
+}
+
+Result<> PageRouter::Filled(criu::PageStreamId id, Vaddr at, Bytes size) {
+  UNMOOR_TRY(CountReceived(size));
+  const auto vpid = static_cast<uint32_t>(id.id);
+  tasks_.at(vpid).saved[cursor_] += size;
+  return Keep(writer_->Filled(vpid, at, size));
+}
+
+Result<const PlannedVma*> PageRouter::FindVma(uint32_t vpid, Vaddr at) {
+  const std::vector<PlannedVma>& plan = tasks_.at(vpid).plan;
+  while (cursor_ < plan.size() && plan[cursor_].vma.range.end <= at) ++cursor_;
+  if (cursor_ < plan.size() && plan[cursor_].vma.range.begin <= at) return &plan[cursor_];
+  return MachineError("CRIU sends a page at {} of task {}, where it has no memory", at, vpid);
 }
 
 Result<> PageRouter::RoutePages(criu::PageStreamId id, Vaddr at, uint32_t flags,
@@ -179,14 +195,10 @@ Result<> PageRouter::RoutePages(criu::PageStreamId id, Vaddr at, uint32_t flags,
     first_pages_.push_back({id, at, flags, {page.begin(), page.end()}});
   }
   while (!data.empty()) {
-    while (cursor_ < task.plan.size() && task.plan[cursor_].vma.range.end <= at) ++cursor_;
-    if (cursor_ == task.plan.size() || at < task.plan[cursor_].vma.range.begin) {
-      return MachineError("CRIU sends a page at {} of task {}, where it has no memory", at, vpid);
-    }
-    const PlannedVma& item = task.plan[cursor_];
-    const uint64_t room = std::min<uint64_t>((item.vma.range.end - at).value, data.size());
+    UNMOOR_ASSIGN(const PlannedVma* const item, FindVma(vpid, at));
+    const uint64_t room = std::min<uint64_t>((item->vma.range.end - at).value, data.size());
     const auto part = data.first(room);
-    if (item.mapped) {
+    if (item->mapped) {
       UNMOOR_TRY(writer_->Write(vpid, at, part));
     } else {
       UNMOOR_TRY(page_images_.Pages(id, at, flags, part));
@@ -203,11 +215,17 @@ Result<> PageRouter::Absent(criu::PageStreamId id, VaddrRange range, uint32_t fl
 }
 
 Result<> PageRouter::Close() {
-  return Keep(Finish());
+  UNMOOR_TRY(Keep(FaultPoint("dump.close")));
+  return options_.sync ? Keep(Finish()) : Result<>();
+}
+
+Result<> PageRouter::Complete() {
+  return finished_ ? Result<>() : Keep(Finish());
 }
 
 Result<> PageRouter::Finish() {
-  UNMOOR_TRY(FaultPoint("dump.close"));
+  UNMOOR_TRY(FaultPoint("dump.complete"));
+  finished_ = true;
   // CRIU refuses a task without any pages of its own: give it one that also is in the layer.
   for (const FirstPage& page : first_pages_) {
     if (page_images_.HasEntries(page.id)) continue;

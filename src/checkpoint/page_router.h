@@ -3,7 +3,8 @@
 // When a task's pages begin, the task is frozen; its VMAs are read then and the plan is made. Pages
 // of mapped VMAs go to the layer, all others (special VMAs, shared memory, small remnants) to
 // pagemap and pages images in CRIU's format. Close() makes everything durable when asked to, and
-// only then does CRIU get its answer.
+// only then does CRIU get its answer. Of a program that runs on nothing can be lost: it is let go
+// once its pages are here, and Complete() does the rest.
 //
 // With a parent (parent.h), and of forked children, the layer holds differences only
 // (delta_writer.h): what a VMA stands on is decided here, while its task is frozen.
@@ -43,7 +44,7 @@ class PageRouter : public criu::PageSink {
     std::string criu_directory;
     std::string layers_directory;
     std::string layer_id;
-    bool sync = true;  // Close() returns when all is on disk
+    bool sync = true;  // Close() returns when all is on disk; else nothing is before Complete()
     CheckpointPlanOptions plan;
     const Parent* parent = nullptr;
     bool parent_asked_for = false;        // rather than found
@@ -56,8 +57,14 @@ class PageRouter : public criu::PageSink {
   [[nodiscard]] Result<> Open(criu::PageStreamId id) override;
   [[nodiscard]] Result<> Pages(criu::PageStreamId id, Vaddr at, uint32_t flags,
                                std::span<const std::byte> data) override;
+  [[nodiscard]] Result<std::span<std::byte>> Room(criu::PageStreamId id, Vaddr at,
+                                                  Bytes want) override;
+  [[nodiscard]] Result<> Filled(criu::PageStreamId id, Vaddr at, Bytes size) override;
   [[nodiscard]] Result<> Absent(criu::PageStreamId id, VaddrRange range, uint32_t flags) override;
   [[nodiscard]] Result<> Close() override;
+
+  // To be called once CRIU has ended well. What is left to do while nobody stands still.
+  [[nodiscard]] Result<> Complete();
 
   [[nodiscard]] const std::optional<Error>& first_error() const { return first_error_; }
   [[nodiscard]] const std::map<uint32_t, RoutedTask>& tasks() const { return tasks_; }
@@ -80,6 +87,9 @@ class PageRouter : public criu::PageSink {
                                                           const PlannedVma& item);
   [[nodiscard]] Result<> RoutePages(criu::PageStreamId id, Vaddr at, uint32_t flags,
                                     std::span<const std::byte> data);
+  [[nodiscard]] Result<> CountReceived(Bytes size);
+  // The VMA of the plan that holds `at`, where cursor_ is then.
+  [[nodiscard]] Result<const PlannedVma*> FindVma(uint32_t vpid, Vaddr at);
   [[nodiscard]] Result<> Finish();
   Result<> Keep(Result<> result);
 
@@ -97,6 +107,7 @@ class PageRouter : public criu::PageSink {
   };
   std::vector<FirstPage> first_pages_;
   bool must_be_remapped_ = false;
+  bool finished_ = false;
   std::optional<LayerInfo> layer_;
   std::optional<Error> first_error_;
   Bytes received_;

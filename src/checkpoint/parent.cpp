@@ -12,7 +12,18 @@ namespace {
 
 // Two descriptors each; and a restore opens as many.
 constexpr size_t kMostLayers = 128;
+
 }  // namespace
+
+bool IsMostlyChanged(const DeltaWriter& writer, const LayerBase& base, bool asked_for,
+                     const PageSource& now) {
+  constexpr uint64_t kUnnoticed = uint64_t{4} << 20;
+  constexpr uint64_t kEnough = uint64_t{64} << 20;  // less is copied in no time
+  if (base.pages.data.value < (asked_for ? kEnough : kUnnoticed)) return false;
+  const double changed = writer.SampleChanged(base, now);
+  if (!asked_for) return changed * static_cast<double>(base.pages.data.value) > kUnnoticed;
+  return changed > 0.25;
+}
 
 Result<Parent> Parent::Open(const std::string& directory) {
   Parent parent;
@@ -27,13 +38,50 @@ Result<Parent> Parent::Open(const std::string& directory) {
   }
   for (const ManifestLayer& entry : parent.manifest_.layers) {
     UNMOOR_ASSIGN(LayerReader reader, LayerReader::Open(parent.directory_, entry));
-    UNMOOR_ASSIGN(const struct stat file, StatFd(reader.pages_fd().get(), reader.pages_path()));
-    parent.files_.push_back({major(file.st_dev), minor(file.st_dev), file.st_ino});
-    parent.layers_.push_back(std::move(reader));
+    UNMOOR_TRY(parent.Add(std::move(reader)));
   }
+  parent.Resolve();
+  return parent;
+}
+
+Result<> Parent::Add(LayerReader layer) {
+  UNMOOR_ASSIGN(const struct stat file, StatFd(layer.pages_fd().get(), layer.pages_path()));
+  files_.push_back({major(file.st_dev), minor(file.st_dev), file.st_ino});
+  layers_.push_back(std::move(layer));
+  return {};
+}
+
+void Parent::Resolve() {
   std::vector<const LayerInfo*> infos;
-  for (const LayerReader& layer : parent.layers_) infos.push_back(&layer.info());
-  parent.overlay_.emplace(infos, parent.directory_);
+  for (const LayerReader& layer : layers_) infos.push_back(&layer.info());
+  overlay_.emplace(infos, directory_);
+}
+
+Result<Parent> Parent::Over(std::optional<Parent> below, const std::string& directory,
+                            LayerReader layer, const std::vector<ManifestTask>& tasks) {
+  Parent parent;
+  if (below) {
+    parent = *std::move(below);
+  } else {
+    parent.directory_ = directory;
+  }
+  const auto number = static_cast<uint32_t>(parent.layers_.size());
+  UNMOOR_TRY(parent.Add(std::move(layer)));
+  parent.Resolve();
+  for (const ManifestTask& ahead : tasks) {
+    auto task = std::ranges::find(parent.manifest_.tasks, ahead.vpid, &ManifestTask::vpid);
+    if (task == parent.manifest_.tasks.end()) {
+      parent.manifest_.tasks.emplace_back().vpid = ahead.vpid;
+      task = std::prev(parent.manifest_.tasks.end());
+    }
+    for (ManifestVma vma : ahead.vmas) {
+      std::erase_if(task->vmas,
+                    [&](const ManifestVma& old) { return old.range.Overlaps(vma.range); });
+      vma.layer = number;
+      task->vmas.push_back(std::move(vma));
+    }
+    std::ranges::sort(task->vmas, {}, [](const ManifestVma& vma) { return vma.range.begin; });
+  }
   return parent;
 }
 

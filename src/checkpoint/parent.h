@@ -24,10 +24,25 @@
 
 namespace unmoor {
 
+// Whether so much differs from the base that the VMA is better written in full: a delta's pages are
+// copied at restore instead of mapped. Told from a sample; right or wrong, it decides about cost
+// only. Nobody who did not ask for a delta shall find a slower restore: then a few megabytes are
+// too much. `writer` knows the base's layers.
+[[nodiscard]] bool IsMostlyChanged(const DeltaWriter& writer, const LayerBase& base, bool asked_for,
+                                   const PageSource& now);
+
 class Parent {
  public:
   // An error when it is no sound checkpoint of a process tree.
   [[nodiscard]] static Result<Parent> Open(const std::string& directory);
+  // What was written ahead of a dump (write_ahead.h) into `directory`, over `below`, if any: the
+  // VMAs of `tasks` have their pages in `layer`.
+  [[nodiscard]] static Result<Parent> Over(std::optional<Parent> below,
+                                           const std::string& directory, LayerReader layer,
+                                           const std::vector<ManifestTask>& tasks);
+
+  // Nothing of it but what was written ahead.
+  [[nodiscard]] bool is_no_checkpoint() const { return manifest_.checkpoint_id.empty(); }
 
   [[nodiscard]] const std::string& directory() const { return directory_; }  // absolute
   [[nodiscard]] const Manifest& manifest() const { return manifest_; }
@@ -45,6 +60,8 @@ class Parent {
 
  private:
   Parent() = default;
+  [[nodiscard]] Result<> Add(LayerReader layer);
+  void Resolve();
 
   std::string directory_;
   Manifest manifest_;

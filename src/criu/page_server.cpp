@@ -33,6 +33,8 @@ constexpr uint32_t kCommandMask = (1u << kCommandBits) - 1;
 constexpr size_t kOldHeader = 24;
 constexpr size_t kNewHeader = 32;
 
+constexpr size_t kAhead = size_t{128} << 10;  // read at once, while runs are short
+
 // 57 address bits, as with five-level page tables.
 constexpr uint64_t kMaxAddress = uint64_t{1} << 57;
 
@@ -74,6 +76,7 @@ PageServer::PageServer(Fd socket, PageSink& sink) : socket_(std::move(socket)), 
 
 Result<> PageServer::Run() {
   buffer_.resize(kChunk.value);
+  ahead_.resize(kAhead);
   Result<> result = Serve();
   if (!result) {
     ShutdownWrite(socket_.get());
@@ -102,7 +105,7 @@ Result<> PageServer::Serve() {
 
 Result<PageServer::Header> PageServer::ReadHeader() {
   std::array<std::byte, kNewHeader> bytes{};
-  UNMOOR_TRY(Receive(std::span(bytes).first(kOldHeader), "the header of a message"));
+  UNMOOR_TRY(Receive(std::span(bytes).first(kOldHeader), [] { return "the header of a message"; }));
   const uint32_t word = Load<uint32_t>(bytes, 0);
   Header header;
   header.command = word & kCommandMask;
@@ -116,7 +119,8 @@ Result<PageServer::Header> PageServer::ReadHeader() {
     header.stream = Load<uint64_t>(bytes, 16);
     return header;
   }
-  UNMOOR_TRY(Receive(std::span(bytes).subspan(kOldHeader), "the end of a message's header"));
+  UNMOOR_TRY(Receive(std::span(bytes).subspan(kOldHeader),
+                     [] { return "the end of a message's header"; }));
   header.pages = Load<uint64_t>(bytes, 8);
   header.address = Load<uint64_t>(bytes, 16);
   header.stream = Load<uint64_t>(bytes, 24);
@@ -185,21 +189,51 @@ Result<> PageServer::ReceivePages(const Header& header, PageStreamId id, uint32_
   uint64_t left = header.pages * kPageSize;
   if ((flags & kPagePresent) == 0) return sink_.Absent(id, {begin, begin + Bytes(left)}, flags);
   for (Vaddr at = begin; left != 0;) {
-    const auto chunk = std::span(buffer_).first(std::min<uint64_t>(left, kChunk.value));
-    UNMOOR_TRY(Receive(chunk, fmt::format("the pages at {} of {}", at, ToString(id))));
-    received_.fetch_add(chunk.size(), std::memory_order_relaxed);
-    UNMOOR_TRY(sink_.Pages(id, at, flags, chunk));
-    at = at + Bytes(chunk.size());
-    left -= chunk.size();
+    UNMOOR_ASSIGN(const size_t size, ReceiveRun(id, at, flags, left));
+    at = at + Bytes(size);
+    left -= size;
   }
   return {};
 }
 
-Result<> PageServer::Receive(std::span<std::byte> data, std::string_view what) {
-  UNMOOR_ASSIGN(const size_t n, ReadStream(socket_.get(), data, kPeer));
-  if (n == data.size()) return {};
-  return MachineError("criu hung up in its page stream: {} of {} bytes of {} came", n, data.size(),
-                      what);
+// Some pages of a run; long ones are received where the sink wants to have them.
+Result<size_t> PageServer::ReceiveRun(PageStreamId id, Vaddr at, uint32_t flags, uint64_t left) {
+  const auto what = [&] { return fmt::format("the pages at {} of {}", at, ToString(id)); };
+  std::span<std::byte> chunk;
+  if (left >= kAhead) {
+    UNMOOR_ASSIGN(chunk, sink_.Room(id, at, Bytes(left)));
+  }
+  const bool in_place = !chunk.empty();
+  if (!in_place) chunk = std::span(buffer_).first(std::min<uint64_t>(left, kChunk.value));
+  UNMOOR_TRY(Receive(chunk, what));
+  received_.fetch_add(chunk.size(), std::memory_order_relaxed);
+  UNMOOR_TRY(in_place ? sink_.Filled(id, at, Bytes(chunk.size()))
+                      : sink_.Pages(id, at, flags, chunk));
+  return chunk.size();
+}
+
+// Small messages many at a time; the bulk straight to where it belongs.
+Result<> PageServer::Receive(std::span<std::byte> data, const std::function<std::string()>& what) {
+  const size_t size = data.size();
+  while (!data.empty()) {
+    if (unread_.empty() && data.size() < kAhead) {
+      UNMOOR_ASSIGN(const size_t n, ReceiveSome(socket_.get(), ahead_, kPeer));
+      unread_ = std::span(ahead_).first(n);
+      if (n == 0) break;
+    }
+    size_t n = std::min(unread_.size(), data.size());
+    if (n != 0) {
+      std::memcpy(data.data(), unread_.data(), n);
+      unread_ = unread_.subspan(n);
+    } else {
+      UNMOOR_ASSIGN(n, ReceiveSome(socket_.get(), data, kPeer));
+      if (n == 0) break;
+    }
+    data = data.subspan(n);
+  }
+  if (data.empty()) return {};
+  return MachineError("criu hung up in its page stream: {} of {} bytes of {} came",
+                      size - data.size(), size, what());
 }
 
 }  // namespace unmoor::criu

@@ -18,6 +18,7 @@
 #include <compare>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <mutex>
 #include <optional>
 #include <span>
@@ -57,6 +58,16 @@ class PageSink {
   // Whole pages. A run longer than PageServer::kChunk comes in several calls.
   [[nodiscard]] virtual Result<> Pages(PageStreamId id, Vaddr at, uint32_t flags,
                                        std::span<const std::byte> data) = 0;
+  // Where the sink would have such a run itself, so that nothing is copied on the way: room for
+  // some whole pages of it, at most `want`; empty: nowhere, it comes by Pages. Once it is filled it
+  // is handed over by Filled, before any other call.
+  [[nodiscard]] virtual Result<std::span<std::byte>> Room(PageStreamId /*id*/, Vaddr /*at*/,
+                                                          Bytes /*want*/) {
+    return std::span<std::byte>();
+  }
+  [[nodiscard]] virtual Result<> Filled(PageStreamId /*id*/, Vaddr /*at*/, Bytes /*size*/) {
+    return {};
+  }
   // An entry without pages (kPageInParent or kPageLazy without kPagePresent).
   [[nodiscard]] virtual Result<> Absent(PageStreamId id, VaddrRange range, uint32_t flags) = 0;
   // Success promises that everything received is durable.
@@ -87,11 +98,15 @@ class PageServer {
   [[nodiscard]] Result<Header> ReadHeader();
   [[nodiscard]] Result<bool> Handle(const Header& header);
   [[nodiscard]] Result<> ReceivePages(const Header& header, PageStreamId id, uint32_t flags);
-  [[nodiscard]] Result<> Receive(std::span<std::byte> data, std::string_view what);
+  [[nodiscard]] Result<size_t> ReceiveRun(PageStreamId id, Vaddr at, uint32_t flags, uint64_t left);
+  [[nodiscard]] Result<> Receive(std::span<std::byte> data,
+                                 const std::function<std::string()>& what);
   [[nodiscard]] Result<> EnsureOpen(PageStreamId id);
 
   Fd socket_;
   PageSink& sink_;
+  std::vector<std::byte> ahead_;  // what was read at once
+  std::span<std::byte> unread_;   // the rest of it
   std::vector<std::byte> buffer_;
   std::optional<PageStreamId> open_;
   std::optional<bool> old_headers_;  // known from the first message on

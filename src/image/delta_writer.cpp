@@ -51,18 +51,18 @@ bool IsWorthwhile(const LayerBase& base, Bytes data) {
 }
 
 DeltaWriter::DeltaWriter(std::string layers_directory, std::string layer_id,
-                         std::span<const LayerReader> layers, bool shares)
+                         std::span<const LayerReader> layers, bool shares, WriteBack write_back)
     : directory_(std::move(layers_directory)),
       id_(std::move(layer_id)),
       layers_(layers),
-      shares_(shares) {}
+      shares_(shares),
+      write_back_(write_back) {}
 
 Result<> DeltaWriter::AddTask(uint32_t vpid, std::vector<DeltaVma> vmas) {
   if (!vmas.empty()) {
     if (!writer_) {
-      const bool may_hide = shares_ || !layers_.empty();
-      UNMOOR_ASSIGN(writer_, LayerWriter::Create(directory_, id_, WriteBack::kLater,
-                                                 may_hide ? ZeroPages::kKeep : ZeroPages::kHole));
+      UNMOOR_ASSIGN(writer_, LayerWriter::Create(directory_, id_, write_back_,
+                                                 compares() ? ZeroPages::kKeep : ZeroPages::kHole));
     }
     std::vector<VaddrRange> ranges;
     for (const DeltaVma& vma : vmas) ranges.push_back(vma.range);
@@ -86,11 +86,23 @@ Result<> DeltaWriter::Write(uint32_t vpid, Vaddr at, std::span<const std::byte> 
   return {};
 }
 
+// Without bases nothing has to be hidden.
+Result<std::span<std::byte>> DeltaWriter::Room(uint32_t vpid, Vaddr at, Bytes want) {
+  if (compares() || !writer_) return std::span<std::byte>();
+  return writer_->Reserve(vpid, at, want);
+}
+
+Result<> DeltaWriter::Filled(uint32_t vpid, Vaddr at, Bytes size) {
+  UNMOOR_TRY(writer_->Commit(size));
+  settled_[vpid] = at + size;
+  return {};
+}
+
 // Where something may be hidden, zeros count as pages in the layer: those that hide nothing must
 // not get there.
 Result<> DeltaWriter::WriteDifferences(uint32_t vpid, const DeltaVma& vma, Vaddr at,
                                        std::span<const std::byte> pages) {
-  if (!shares_ && layers_.empty()) return writer_->Write(vpid, at, pages);
+  if (!compares()) return writer_->Write(vpid, at, pages);
   base_bytes_.resize(kChunk);
   while (!pages.empty()) {
     const auto part = pages.first(std::min(pages.size(), kChunk));

@@ -64,7 +64,8 @@ class DeltaWriter {
  public:
   // `layers` must outlive this. `shares`: FindShared may be asked for.
   DeltaWriter(std::string layers_directory, std::string layer_id,
-              std::span<const LayerReader> layers, bool shares);
+              std::span<const LayerReader> layers, bool shares,
+              WriteBack write_back = WriteBack::kLater);
   DeltaWriter(const DeltaWriter&) = delete;  // overlay_ points into it
   DeltaWriter& operator=(const DeltaWriter&) = delete;
 
@@ -72,6 +73,11 @@ class DeltaWriter {
   [[nodiscard]] Result<> AddTask(uint32_t vpid, std::vector<DeltaVma> vmas);
   // Whole pages inside one VMA of the task.
   [[nodiscard]] Result<> Write(uint32_t vpid, Vaddr at, std::span<const std::byte> pages);
+
+  // Where nothing is compared, the same without a copy: room for some of the pages that come next,
+  // to be filled and handed over by Filled before any other call. Empty: use Write.
+  [[nodiscard]] Result<std::span<std::byte>> Room(uint32_t vpid, Vaddr at, Bytes want);
+  [[nodiscard]] Result<> Filled(uint32_t vpid, Vaddr at, Bytes size);
 
   // What was written of `owner` where another task has `range`; nothing when it has no such VMA, or
   // a VMA there could not grow into zeros. All tasks so far must be complete: nothing more may be
@@ -95,6 +101,8 @@ class DeltaWriter {
                                   const std::string& directory) const;
 
  private:
+  // Pages are looked at before they are written.
+  [[nodiscard]] bool compares() const { return shares_ || !layers_.empty(); }
   [[nodiscard]] uint32_t own() const { return static_cast<uint32_t>(layers_.size()); }
   [[nodiscard]] Result<> WriteDifferences(uint32_t vpid, const DeltaVma& vma, Vaddr at,
                                           std::span<const std::byte> pages);
@@ -113,6 +121,7 @@ class DeltaWriter {
   const std::string id_;
   const std::span<const LayerReader> layers_;
   const bool shares_;
+  const WriteBack write_back_;
   std::optional<LayerWriter> writer_;
   std::map<uint32_t, std::vector<DeltaVma>> vmas_;
   std::map<uint32_t, Vaddr> settled_;  // the bases' pages below it have come or are hidden

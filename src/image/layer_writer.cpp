@@ -24,7 +24,7 @@
 
 #include "base/fault_point.h"
 #include "base/zero.h"
-#include "image/index_format.h"
+#include "image/index_writer.h"
 #include "image/layout.h"
 #include "os/fd.h"
 #include "os/file.h"
@@ -36,68 +36,13 @@ constexpr size_t kBufferSize = size_t{1} << 20;
 constexpr size_t kBufferCount = 16;
 constexpr uint64_t kWritebackStep = uint64_t{16} << 20;
 
-alignas(64) constexpr std::array<std::byte, kBlockSize> kZeros{};
-
 bool IsZeroPage(const std::byte* page) {
   return IsZero({page, kPageSize});
 }
 
-struct BlockHash {
-  uint64_t block;
-  uint64_t hash;
-};
-
-// Hashes 64 KiB blocks of one task from runs of data that come in ascending order; what lies
-// between them counts as zeros.
-class BlockHasher {
- public:
-  void Update(FileOffset offset, std::span<const std::byte> data) {
-    uint64_t at = offset.value;
-    while (!data.empty()) {
-      if (open_ && at / kBlockSize != block_) Close();
-      if (!open_) Open(at / kBlockSize);
-      const uint64_t inside = at % kBlockSize;
-      Feed(std::span(kZeros).first(inside - fed_));
-      const auto part = data.first(std::min<size_t>(data.size(), kBlockSize - inside));
-      Feed(part);
-      at += part.size();
-      data = data.subspan(part.size());
-    }
-  }
-  void Close() {
-    if (!open_) return;
-    Feed(std::span(kZeros).first(kBlockSize - fed_));
-    hashes_.push_back({block_, XXH3_64bits_digest(state_.get())});
-    open_ = false;
-  }
-  [[nodiscard]] const std::vector<BlockHash>& hashes() const { return hashes_; }
-
- private:
-  struct FreeState {
-    void operator()(XXH3_state_t* state) const { XXH3_freeState(state); }
-  };
-  void Open(uint64_t block) {
-    XXH3_64bits_reset(state_.get());
-    block_ = block;
-    fed_ = 0;
-    open_ = true;
-  }
-  void Feed(std::span<const std::byte> data) {
-    XXH3_64bits_update(state_.get(), data.data(), data.size());
-    fed_ += data.size();
-  }
-
-  std::unique_ptr<XXH3_state_t, FreeState> state_{XXH3_createState()};
-  bool open_ = false;
-  uint64_t block_ = 0;
-  uint64_t fed_ = 0;
-  std::vector<BlockHash> hashes_;
-};
-
 // What the writer thread has done for one task.
 struct TaskOutput {
   std::vector<FileRange> runs;  // ascending, never touching
-  BlockHasher hasher;
 
   void AddRun(FileRange run) {
     if (!runs.empty() && runs.back().end == run.begin) {
@@ -237,17 +182,12 @@ class PageSink {
       while (end < bytes.size() && IsZeroPage(&bytes[end]) == zero) end += kPageSize;
       const FileOffset offset = piece.offset + Bytes(at);
       if (!zero || zero_pages_ == ZeroPages::kKeep) {
-        Record(*piece.output, offset, bytes.subspan(at, end - at));
+        piece.output->AddRun({offset, offset + Bytes(end - at)});
       }
       if (!zero) UNMOOR_TRY(WriteRun(offset, bytes.subspan(at, end - at)));
       at = end;
     }
     return {};
-  }
-
-  static void Record(TaskOutput& output, FileOffset offset, std::span<const std::byte> data) {
-    output.hasher.Update(offset, data);
-    output.AddRun({offset, offset + Bytes(data.size())});
   }
 
   [[nodiscard]] Result<> WriteRun(FileOffset offset, std::span<const std::byte> data) {
@@ -387,15 +327,19 @@ class LayerWriter::Impl {
     StopThread(false);
     UNMOOR_TRY(ring_.status());
     UNMOOR_TRY(Truncate(pages_.get(), layout_.file_size(), pages_path_));
-    UNMOOR_TRY(FaultPoint("layer.before_sync"));
-    if (sync) UNMOOR_TRY(SyncFd(pages_.get(), pages_path_));
+    if (sync) StartWriteback(pages_.get(), FileOffset(0), layout_.file_size());
     LayerInfo info;
     info.id = id_;
     info.file_size = layout_.file_size();
     CollectTables(info);
-    UNMOOR_TRY(WriteIndex(info));
-    if (sync) UNMOOR_TRY(SyncFd(index_.get(), index_path_));
-    UNMOOR_ASSIGN(info.allocated, AllocatedBytes());
+    UNMOOR_TRY(FaultPoint("layer.before_sync"));
+    UNMOOR_TRY(WriteLayerIndex(pages_.get(), pages_path_, index_.get(), index_path_, info));
+    if (sync) {
+      UNMOOR_TRY(SyncFd(pages_.get(), pages_path_));
+      UNMOOR_TRY(SyncFd(index_.get(), index_path_));
+    }
+    UNMOOR_ASSIGN(info.allocated,
+                  AllocatedBytes(pages_.get(), pages_path_, index_.get(), index_path_));
     return info;
   }
 
@@ -436,47 +380,6 @@ class LayerWriter::Impl {
       }
       info.data_bytes += extent.data;
     }
-  }
-
-  [[nodiscard]] std::vector<uint64_t> CollectHashes() {
-    std::vector<BlockHash> all;
-    for (auto& [vpid, task] : tasks_) {
-      task.output.hasher.Close();
-      const auto& hashes = task.output.hasher.hashes();
-      all.insert(all.end(), hashes.begin(), hashes.end());
-    }
-    std::ranges::sort(all, {}, &BlockHash::block);
-    std::vector<uint64_t> hashes(all.size());
-    std::ranges::transform(all, hashes.begin(), &BlockHash::hash);
-    return hashes;
-  }
-
-  [[nodiscard]] Result<> WriteIndex(LayerInfo& info) {
-    if (info.segments.size() > kMaxSegments) {
-      return MachineError("{}: more than {} runs of pages", index_path_, kMaxSegments);
-    }
-    const auto tables = index_format::EncodeTables(info.extents, info.segments);
-    const auto hashes = index_format::EncodeHashes(CollectHashes());
-    index_format::Header header;
-    header.id = id_;
-    header.pages_size = info.file_size.value;
-    header.data_bytes = info.data_bytes.value;
-    header.extent_count = info.extents.size();
-    header.segment_count = info.segments.size();
-    header.hash_count = hashes.size() / index_format::kHashSize;
-    header.hash_checksum = index_format::Checksum(hashes);
-    header.table_checksum = index_format::Checksum(tables);
-    const auto head = index_format::EncodeHeader(header);
-    info.index_checksum = header.header_checksum;
-    UNMOOR_TRY(WriteExactlyAt(index_.get(), head, FileOffset(0), index_path_));
-    UNMOOR_TRY(WriteExactlyAt(index_.get(), tables, FileOffset(head.size()), index_path_));
-    return WriteExactlyAt(index_.get(), hashes, FileOffset(header.hash_offset()), index_path_);
-  }
-
-  [[nodiscard]] Result<Bytes> AllocatedBytes() const {
-    UNMOOR_ASSIGN(const struct stat pages, StatFd(pages_.get(), pages_path_));
-    UNMOOR_ASSIGN(const struct stat index, StatFd(index_.get(), index_path_));
-    return Bytes(static_cast<uint64_t>(pages.st_blocks + index.st_blocks) * 512);
   }
 
   const std::string id_;

@@ -8,7 +8,7 @@
 //   LayerInfo info = *writer->Finish(true);
 //
 // One thread receives (calls the functions below), a second one, owned by the writer, looks for
-// zero pages, hashes and writes; between them a bounded ring of 1 MiB buffers. All-zero pages
+// zero pages and writes; between them a bounded ring of 1 MiB buffers. All-zero pages
 // become holes. The first failure (a full disk, say) is kept and returned by every later call.
 // Destroying an unfinished writer joins its thread and leaves the incomplete files to whoever owns
 // the directory (Publisher). Document: docs/format.md.
@@ -65,7 +65,7 @@ class LayerWriter {
   [[nodiscard]] Result<LayerInfo> Snapshot();
   [[nodiscard]] int pages_fd() const;
 
-  // Waits for the writing, writes the index. With `sync` both files are durable on return (fsync);
+  // Waits for the writing, hashes, writes the index. With `sync` both files are durable on return (fsync);
   // without, Publisher::Publish makes them so: for dumps that leave the program running, whose
   // frozen time must not hold a disk flush. Called once, nothing else after it.
   [[nodiscard]] Result<LayerInfo> Finish(bool sync);

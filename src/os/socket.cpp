@@ -10,6 +10,7 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <ctime>
 
 #include "os/file.h"
 
@@ -39,6 +40,19 @@ Result<> SendAll(int fd, std::span<const std::byte> data, const std::string& nam
     data = data.subspan(static_cast<size_t>(n));
   }
   return {};
+}
+
+Result<size_t> ReceiveSome(int fd, std::span<std::byte> data, const std::string& name) {
+  constexpr int kNaps = 20;
+  constexpr timespec kNap{0, 30'000};
+  for (int looks = 0;; ++looks) {
+    const ssize_t n = ::recv(fd, data.data(), data.size(), looks < kNaps ? MSG_DONTWAIT : 0);
+    if (n >= 0) return static_cast<size_t>(n);
+    if (errno == EAGAIN) (void)::clock_nanosleep(CLOCK_MONOTONIC, 0, &kNap, nullptr);
+    if (errno != EAGAIN && errno != EINTR) {
+      return SystemError(errno, fmt::format("cannot read {}", name));
+    }
+  }
 }
 
 void ShutdownWrite(int fd) {

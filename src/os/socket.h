@@ -20,6 +20,11 @@ struct StreamPair {
 
 // All of it; a peer that is gone is an error (EPIPE), never a signal.
 [[nodiscard]] Result<> SendAll(int fd, std::span<const std::byte> data, const std::string& name);
+// What has come by now, at most `data.size()` bytes, waiting only while there is nothing; 0 at the
+// end of the stream. After bytes have come it looks again a few times, with naps, before it sleeps
+// until it is woken: waking a reader for each small message costs the sender more than sending it.
+[[nodiscard]] Result<size_t> ReceiveSome(int fd, std::span<std::byte> data,
+                                         const std::string& name);
 // No more will be sent from this side: the peer reads what is on its way, then end of stream.
 void ShutdownWrite(int fd);
 // Reads and throws away until end of stream or error.

@@ -13,7 +13,10 @@ from store import verify
 KILLED = -signal.SIGKILL
 PUBLISH = ("publish.before_sync", "publish.before_rename", "publish.after_rename")
 POINTS = {
-    "dump": ("dump.link", "dump.open", "dump.pages", "dump.close", "layer.write", "layer.before_sync", *PUBLISH),
+    "dump": ("dump.link", "dump.open", "dump.pages", "dump.close", "dump.complete", "layer.write", "layer.before_sync",
+             *PUBLISH),
+    "pre_dump": ("dump.round", "dump.written_ahead", "dump.open", "dump.pages", "dump.close", "dump.complete", "layer.write",
+                 "layer.before_sync", *PUBLISH),
     "flatten": ("layer.write", "layer.before_sync", "flatten.pages_written", "flatten.before_publish", *PUBLISH),
     "import": ("layer.write", "layer.before_sync", "import.pages_written", *PUBLISH),
     "export": PUBLISH,
@@ -68,14 +71,20 @@ class Bench:
         verify(self.story, self.image)
 
 
-def dump(bench, point):
-    words = ("dump", "-t", bench.churn.pid, "-D", bench.image, "-R", "--prev-images-dir", bench.image)
+def dump(bench, point, *how):
+    how = how or ("--prev-images-dir", bench.image)
+    words = ("dump", "-t", bench.churn.pid, "-D", bench.image, "-R", *how)
     bench.killed(point, *words)
     verify(bench.story, bench.image)
     bench.churn.await_progress("goes on after unmoor was killed")
     # criu, left alone, may not have let go of the program yet.
     poll(lambda: bench.story.unmoor(*words, expect=None).code == 0, "the next dump works", 60, 0.2)
     bench.clean()
+
+
+def pre_dump(bench, point):
+    dump(bench, point, "--pre-dump", "--full")
+    bench.story.wait_ready(bench.churn)
 
 
 def flatten(bench, point):

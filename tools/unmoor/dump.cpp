@@ -23,6 +23,8 @@ struct DumpArguments {
   bool full = false;
   bool while_mapped = false;
   bool track_mem = false;
+  bool pre_dump = false;
+  int pre_dump_rounds = 4;
   bool leave_running = false;
   bool dry_run = false;
   bool verbose = false;
@@ -90,6 +92,7 @@ void PrintReport(const CheckpointReport& report, bool flattened, bool json) {
                {"packed_bytes", report.packed ? nlohmann::json(report.packed->value) : nlohmann::json()},
                {"allocated_bytes", report.allocated.value},
                {"read_bytes", report.read.value},
+               {"pre_dump_rounds", report.rounds},
                {"remapped_first", report.remapped_first},
                {"flattened", flattened},
                {"still_mapped", report.still_mapped},
@@ -157,6 +160,7 @@ int RunDump(const DumpArguments& arguments, const Invocation& invocation) {
   }
   options.while_mapped = arguments.while_mapped;
   options.track_mem = arguments.track_mem;
+  if (arguments.pre_dump) options.pre_dump_rounds = arguments.pre_dump_rounds;
   if (!arguments.timeout.empty()) {
     const auto timeout = ParseDuration(arguments.timeout, 1'000'000'000);
     if (!timeout) return Report(timeout.error(), arguments.json);
@@ -177,8 +181,14 @@ int RunDump(const DumpArguments& arguments, const Invocation& invocation) {
   observer.remapping = [&](Pid, const RemapReport& report) {
     remapping.Show(report.done + report.dropped, report.total, DescribeProgress(report));
   };
+  ProgressBar writing("pre-dump", arguments.json);
+  observer.writing_ahead = [&](Bytes done, Bytes expected) {
+    remapping.Clear();
+    writing.Show(done, expected);
+  };
   observer.dumping = [&](Bytes done, Bytes expected) {
     remapping.Clear();
+    writing.Clear();
     dumping.Show(done, expected);
   };
   ProgressBar packing("pack", arguments.json);
@@ -188,6 +198,7 @@ int RunDump(const DumpArguments& arguments, const Invocation& invocation) {
   };
   const auto report = Dump(options, observer);
   remapping.Clear();
+  writing.Clear();
   dumping.Clear();
   packing.Clear();
   if (!report) return Report(report.error(), arguments.json);
@@ -228,6 +239,15 @@ Action ConfigureDump(CLI::App& app) {
                "As --while-mapped, and compare a program that is independent of its image with "
                "the parent while it runs, so that only what differs is read while it is frozen")
       ->excludes(full);
+  auto* const pre_dump = app.add_flag(
+      "--pre-dump", arguments->pre_dump,
+      "Write the memory while the program runs, and again what it changed meanwhile; frozen it is "
+      "for the rest only");
+  app.add_option("--pre-dump-rounds", arguments->pre_dump_rounds,
+                 "At most so many rounds of that (default 4)")
+      ->option_text("N")
+      ->check(CLI::Range(1, 64))
+      ->needs(pre_dump);
   app.add_option("--timeout", arguments->timeout,
                  "How long to wait for a pending remap (default: as long as it takes)")
       ->option_text("SECONDS");

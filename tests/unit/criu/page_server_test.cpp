@@ -31,6 +31,16 @@ class RecordingSink : public PageSink {
     bytes.insert(bytes.end(), data.begin(), data.end());
     return fail == "pages" ? MachineError("no pages") : Result<>();
   }
+  Result<std::span<std::byte>> Room(PageStreamId /*id*/, Vaddr /*at*/, Bytes want) override {
+    room.resize(std::min<uint64_t>(want.value, room_pages * kPageSize));
+    return std::span(room);
+  }
+  Result<> Filled(PageStreamId id, Vaddr at, Bytes size) override {
+    events.push_back(
+        fmt::format("{} filled at {} of {}", size.value / kPageSize, at, ToString(id)));
+    bytes.insert(bytes.end(), room.begin(), room.end());
+    return fail == "pages" ? MachineError("no pages") : Result<>();
+  }
   Result<> Absent(PageStreamId id, VaddrRange range, uint32_t flags) override {
     events.push_back(fmt::format("absent {} of {} flags {}", range, ToString(id), flags));
     return {};
@@ -41,6 +51,8 @@ class RecordingSink : public PageSink {
   }
   std::vector<std::string> events;
   std::vector<std::byte> bytes;
+  std::vector<std::byte> room;
+  uint64_t room_pages = 0;
   std::string fail;
 };
 
@@ -218,6 +230,32 @@ TEST_F(PageServerTest, NonsenseIsRefused) {
   New(6 | 4u << 16, uint64_t{1} << 60, 0x10000, kTask7);
   ASSERT_FALSE(Finish());
   EXPECT_THAT(result_.error().message(), HasSubstr("no range of memory"));
+}
+
+TEST_F(PageServerTest, LongRunsAreReceivedWhereTheSinkHasRoom) {
+  sink_.room_pages = 50;
+  New(4, 0, 0, kTask7);
+  EXPECT_EQ(ByteAnswer(), 0);
+  New(6 | 4u << 16, 1, 0x10000, kTask7);
+  SendPages(1, 1);
+  New(6 | 4u << 16, 120, 0x100000, kTask7);
+  SendPages(60, 2);
+  SendPages(60, 3);
+  New(6 | 4u << 16, 2, 0x900000, kTask7);
+  SendPages(2, 4);
+  New(0x1024, 0, 0, 0);
+  EXPECT_EQ(IntAnswer(), 0);
+  ASSERT_TRUE(Finish()) << result_.error().message();
+  EXPECT_THAT(sink_.events,
+              ElementsAre("open task 7", "1 pages at 0x10000 of task 7 flags 4",
+                          "50 filled at 0x100000 of task 7", "50 filled at 0x132000 of task 7",
+                          "20 pages at 0x164000 of task 7 flags 4",
+                          "2 pages at 0x900000 of task 7 flags 4", "close"));
+  for (const auto& [page, value] :
+       {std::pair(0, 1), {1, 2}, {60, 2}, {61, 3}, {120, 3}, {121, 4}}) {
+    EXPECT_EQ(sink_.bytes[static_cast<size_t>(page) * kPageSize + 4095], std::byte(value));
+  }
+  EXPECT_EQ(server_->received(), Bytes(123 * kPageSize));
 }
 
 TEST_F(PageServerTest, LazyPagesAreRefused) {
