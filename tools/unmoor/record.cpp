@@ -64,9 +64,10 @@ int Stop(Pid pid, bool json) {
     const auto process = ReadProcess(recording->recorder);
     return process && !process->ended() && process->name.starts_with("unmoor");
   };
-  if (is_recorder()) (void)SendSignal(recording->recorder, SIGTERM);
   for (;;) {
     const bool alive = is_recorder();  // before the file: it goes last
+    // Again and again: one that has just been started ignores the first.
+    if (alive) (void)SendSignal(recording->recorder, SIGTERM);
     const auto now = FindRecording(pid);
     if (!now) break;
     if (!now->problem.empty() || !alive || MonotonicNow() - begin > kStopPatience) {
