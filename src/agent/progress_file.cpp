@@ -1,11 +1,13 @@
 // See progress_file.h.
 #include "agent/progress_file.h"
 
+#include <algorithm>
 #include <charconv>
 #include <nlohmann/json.hpp>
 
 #include "agent/known_image.h"
 #include "agent/recording.h"
+#include "agent/runtime_file.h"
 #include "os/file.h"
 #include "os/process_control.h"
 #include "os/procfs.h"
@@ -14,10 +16,6 @@ namespace unmoor {
 namespace {
 
 using nlohmann::json;
-
-std::string PathFor(Pid pid) {
-  return fmt::format("{}/{}.json", RuntimeDirectory(), pid.value);
-}
 
 json ToJson(const ProgressFile& p) {
   const RemapReport& r = p.report;
@@ -62,19 +60,22 @@ ProgressFile FromJson(const json& j) {
 
 // Of this process or an earlier one of that id.
 std::optional<ProgressFile> ReadWhoevers(Pid pid) {
-  const auto text = ReadFile(PathFor(pid), Bytes(65536));
-  if (!text) return std::nullopt;
+  const auto content = ReadRuntimeFile(pid, kProgressSuffix);
+  if (!content) return std::nullopt;
   try {
-    return FromJson(json::parse(*text));
+    return FromJson(*content);
   } catch (const json::exception&) {
     return std::nullopt;
   }
 }
 
-// ".json.WRITER" or ".image.WRITER": not renamed yet, and nobody is left to do it.
+// ".json.WRITER" and the like: not renamed yet, and nobody is left to do it.
 bool IsOfKilledWriter(std::string_view rest) {
   const size_t dot = rest.rfind('.');
-  if (!rest.starts_with(".json.") && !rest.starts_with(".image.")) return false;
+  if (dot == std::string_view::npos ||
+      std::ranges::find(kRuntimeSuffixes, rest.substr(0, dot)) == kRuntimeSuffixes.end()) {
+    return false;
+  }
   Pid writer;
   const char* const all = rest.data() + rest.size();
   const auto [end, error] = std::from_chars(rest.data() + dot + 1, all, writer.value);
@@ -86,12 +87,7 @@ bool IsOfKilledWriter(std::string_view rest) {
 }  // namespace
 
 Result<> WriteProgress(const ProgressFile& progress) {
-  const std::string directory = RuntimeDirectory();
-  if (!Exists(directory)) UNMOOR_TRY(MakeDirectory(directory, 0755));
-  const std::string path = PathFor(progress.pid);
-  const std::string temporary = fmt::format("{}.{}", path, OwnPid().value);
-  UNMOOR_TRY(WriteFile(temporary, ToJson(progress).dump() + "\n"));
-  return Rename(temporary, path);
+  return WriteRuntimeFile(progress.pid, kProgressSuffix, ToJson(progress));
 }
 
 std::optional<ProgressFile> ReadProgress(Pid pid) {
@@ -135,7 +131,7 @@ void ForgetEndedProcesses() {
     const auto [end, error] = std::from_chars(name.data(), all, pid.value);
     if (error != std::errc()) continue;
     const std::string_view rest(end, static_cast<size_t>(all - end));
-    const bool forget = rest == ".json"              ? !ReadProgress(pid)
+    const bool forget = rest == kProgressSuffix     ? !ReadProgress(pid)
                         : rest == kKnownImageSuffix ? !FindKnownImage(pid)
                         : rest == kRecordingSuffix  ? !FindRecording(pid)
                                                     : IsOfKilledWriter(rest);
