@@ -12,7 +12,6 @@ namespace {
 
 // Two descriptors each; and a restore opens as many.
 constexpr size_t kMostLayers = 128;
-
 }  // namespace
 
 bool IsMostlyChanged(const DeltaWriter& writer, const LayerBase& base, bool asked_for,

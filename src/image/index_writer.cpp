@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "base/fault_point.h"
 #include "image/index_format.h"
 #include "image/layout.h"
 #include "os/file.h"
@@ -27,15 +28,12 @@ Result<std::vector<uint64_t>> HashBlocks(int fd, const std::string& path,
   return hashes;
 }
 
-}  // namespace
-
-Result<> WriteLayerIndex(int pages_fd, const std::string& pages_path, int index_fd,
-                         const std::string& index_path, LayerInfo& info) {
+Result<> WriteLayerIndex(const LayerFiles& files, LayerInfo& info) {
   if (info.segments.size() > kMaxSegments) {
-    return MachineError("{}: more than {} runs of pages", index_path, kMaxSegments);
+    return MachineError("{}: more than {} runs of pages", files.index_path, kMaxSegments);
   }
   UNMOOR_ASSIGN(const std::vector<uint64_t> hashes,
-                HashBlocks(pages_fd, pages_path, info.segments));
+                HashBlocks(files.pages_fd, files.pages_path, info.segments));
   const auto tables = index_format::EncodeTables(info.extents, info.segments);
   const auto encoded = index_format::EncodeHashes(hashes);
   index_format::Header header;
@@ -49,16 +47,30 @@ Result<> WriteLayerIndex(int pages_fd, const std::string& pages_path, int index_
   header.table_checksum = index_format::Checksum(tables);
   const auto head = index_format::EncodeHeader(header);
   info.index_checksum = header.header_checksum;
-  UNMOOR_TRY(WriteExactlyAt(index_fd, head, FileOffset(0), index_path));
-  UNMOOR_TRY(WriteExactlyAt(index_fd, tables, FileOffset(head.size()), index_path));
-  return WriteExactlyAt(index_fd, encoded, FileOffset(header.hash_offset()), index_path);
+  UNMOOR_TRY(WriteExactlyAt(files.index_fd, head, FileOffset(0), files.index_path));
+  UNMOOR_TRY(WriteExactlyAt(files.index_fd, tables, FileOffset(head.size()), files.index_path));
+  return WriteExactlyAt(files.index_fd, encoded, FileOffset(header.hash_offset()),
+                        files.index_path);
 }
 
-Result<Bytes> AllocatedBytes(int pages_fd, const std::string& pages_path, int index_fd,
-                             const std::string& index_path) {
-  UNMOOR_ASSIGN(const struct stat pages, StatFd(pages_fd, pages_path));
-  UNMOOR_ASSIGN(const struct stat index, StatFd(index_fd, index_path));
+// What both files take on the disk.
+Result<Bytes> AllocatedBytes(const LayerFiles& files) {
+  UNMOOR_ASSIGN(const struct stat pages, StatFd(files.pages_fd, files.pages_path));
+  UNMOOR_ASSIGN(const struct stat index, StatFd(files.index_fd, files.index_path));
   return Bytes(static_cast<uint64_t>(pages.st_blocks + index.st_blocks) * 512);
+}
+
+}  // namespace
+
+Result<> FinishLayer(const LayerFiles& files, bool sync, LayerInfo& info) {
+  UNMOOR_TRY(FaultPoint("layer.before_sync"));
+  UNMOOR_TRY(WriteLayerIndex(files, info));
+  if (sync) {
+    UNMOOR_TRY(SyncFd(files.pages_fd, files.pages_path));
+    UNMOOR_TRY(SyncFd(files.index_fd, files.index_path));
+  }
+  UNMOOR_ASSIGN(info.allocated, AllocatedBytes(files));
+  return {};
 }
 
 }  // namespace unmoor

@@ -147,12 +147,7 @@ Result<LayerInfo> LayerDraft::Finish() {
   info.id = id_;
   info.file_size = layout_.file_size();
   CollectTables(info);
-  UNMOOR_TRY(FaultPoint("layer.before_sync"));
-  UNMOOR_TRY(WriteLayerIndex(pages_.get(), pages_path_, index_.get(), index_path_, info));
-  UNMOOR_TRY(SyncFd(pages_.get(), pages_path_));
-  UNMOOR_TRY(SyncFd(index_.get(), index_path_));
-  UNMOOR_ASSIGN(info.allocated,
-                AllocatedBytes(pages_.get(), pages_path_, index_.get(), index_path_));
+  UNMOOR_TRY(FinishLayer({pages_.get(), pages_path_, index_.get(), index_path_}, true, info));
   return info;
 }
 
