@@ -1,5 +1,5 @@
 // How bench/run gives bench_touch its work and takes the results: a file mapped shared by both,
-// which survives a restore. bench/programs.py knows this layout too (class Touch).
+// which survives a restore. bench/served.py knows this layout too (class Touch).
 #pragma once
 
 #include <cstdint>

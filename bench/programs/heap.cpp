@@ -84,12 +84,10 @@ uint64_t Now() {
 Heap MakeHeap(size_t mib) {
   Heap heap;
   if (mib == 0) return heap;
-  void* memory = mmap(nullptr, mib << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) report::Fail("no memory: %s", std::strerror(errno));
-  heap.words = static_cast<uint64_t*>(memory);
+  heap.words = MakeWords(mib);
+  if (heap.words == nullptr) report::Fail("no memory: %s", std::strerror(errno));
   heap.pages = (mib << 20) / kPage;
   heap.generations.resize(heap.pages);
-  for (size_t i = 0; i < heap.pages * kWords; ++i) heap.words[i] = Word(i, 0);
   return heap;
 }
 

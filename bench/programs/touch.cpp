@@ -67,13 +67,9 @@ uint64_t Now() {
 
 Heap MakeHeap(size_t mib) {
   if (mib == 0) return {};
-  void* memory =
-      mmap(nullptr, mib << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) Die("no memory");
-  auto* words = static_cast<uint64_t*>(memory);
-  const size_t pages = (mib << 20) / kPage;
-  for (size_t i = 0; i < pages * kWords; ++i) words[i] = Word(i, 0);
-  return {words, pages};
+  const uint64_t* words = MakeWords(mib);
+  if (words == nullptr) Die("no memory");
+  return {words, (mib << 20) / kPage};
 }
 
 Board& OpenBoard(const char* path) {

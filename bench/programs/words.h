@@ -2,6 +2,8 @@
 // lost, torn or at another place is seen.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstddef>
 #include <cstdint>
 
@@ -14,6 +16,16 @@ inline uint64_t Word(size_t index, uint64_t generation) {
   uint64_t x = (index + 1) * 0x9E3779B97F4A7C15u ^ generation << 56;
   x ^= x >> 29;
   return x * 0xBF58476D1CE4E5B9u;
+}
+
+// A heap full of words of generation 0; null: no memory.
+inline uint64_t* MakeWords(size_t mib) {
+  void* memory =
+      mmap(nullptr, mib << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return nullptr;
+  auto* words = static_cast<uint64_t*>(memory);
+  for (size_t i = 0; i < (mib << 20) / sizeof(uint64_t); ++i) words[i] = Word(i, 0);
+  return words;
 }
 
 }  // namespace bench

@@ -551,7 +551,8 @@ class Story:
 
     def close(self):
         def kill_marked():
-            for pid in self.marked():
+            # A program may overwrite its environment, as redis does: what descends from us comes to us in the end.
+            for pid in {*self.marked(), *children(os.getpid())}:
                 if pid != os.getpid():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)

@@ -215,13 +215,19 @@ def fork_of(program):
     return child, do
 
 
-def forked_pages_are_shared(story):
-    """What a child has from its parent is in the layer once, and mapped from one place by both."""
+def mostly_shared_pair(story):
+    """A program, its child, and what lets the child do something: of their 24 MiB few pages differ."""
     program = Scripted(story)
     program.do("areas['a'] = Area(24); areas['a'].fill(0, 6144, 1)")
     child, child_does = fork_of(program)
     program.do("areas['a'].fill(50, 60, 8)")
     child_does("a.fill(0, 100, 7); a.drop(300, 310); a.zero(400, 410)")
+    return program, child, child_does
+
+
+def forked_pages_are_shared(story):
+    """What a child has from its parent is in the layer once, and mapped from one place by both."""
+    program, child, child_does = mostly_shared_pair(story)
     image, report = dump(story, program, "image")
     demand(report["written_bytes"] < 36 << 20, f"shared pages were written twice: {report}")
     for flat in (False, True):

@@ -13,7 +13,7 @@ import time
 import chains
 from chains import Scripted
 from harness import UNMOOR, demand, main, poll
-from interchange import fork_of
+from interchange import mostly_shared_pair
 from mapped import live_to_the_end
 from redis import Redis, Writer
 from tree import Tree
@@ -117,11 +117,7 @@ def tree(story):
 
 def forked_pages_are_written_once(story):
     """What a child has from its parent is in the image once, as without rounds."""
-    program = Scripted(story)
-    program.do("areas['a'] = Area(24); areas['a'].fill(0, 6144, 1)")
-    child, child_does = fork_of(program)
-    program.do("areas['a'].fill(50, 60, 8)")
-    child_does("a.fill(0, 100, 7); a.drop(300, 310); a.zero(400, 410)")
+    program, child, child_does = mostly_shared_pair(story)
     folder, report = dump(story, program, "image", "--full")
     demand(report["still_mapped"] and report["written_bytes"] < 40 * MIB, f"{report}")
     for member in (program, child):
