@@ -17,7 +17,7 @@ import socket
 import struct
 import time
 
-from stage import SOURCE, Failed, is_alive, poll
+from stage import SOURCE, Failed, is_alive, listens, poll
 
 MIB = 1 << 20
 BUILD = os.path.join(SOURCE, "build/release")
@@ -115,7 +115,7 @@ class Redis:
         self.process = stage.spawn(["redis-server", "--port", "0", "--unixsocket", self.place, "--save", "",
                                     "--appendonly", "no", "--enable-debug-command", "yes"])
         self.pid = self.process.pid
-        poll(lambda: os.path.exists(self.place), "redis to listen")
+        poll(lambda: listens(self.place), "redis to listen")
         self.told(b"DEBUG", b"POPULATE", b"%d" % self.keys, b"k", b"%d" % self.VALUE)
         self.digest = self.told(b"DEBUG", b"DIGEST")
         self.hot = random.Random(5).sample(range(self.keys), self.HOT)

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -42,6 +43,16 @@ def poll(condition, what, timeout=60.0, interval=0.002):
         if time.monotonic() > deadline:
             raise Failed(f"waited {timeout:g} s in vain for {what}")
         time.sleep(interval)
+
+
+def listens(path):
+    """Whether somebody does at a UNIX socket; its file is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+    return True
 
 
 def find_unmoor():
