@@ -11,6 +11,7 @@
 #include "agent/put_back.h"
 #include "agent/supervisor.h"
 #include "os/daemon.h"
+#include "os/file.h"
 #include "os/process_control.h"
 
 namespace unmoor {
@@ -68,6 +69,12 @@ WaitingAgent::~WaitingAgent() {
     const auto last = NextMessage(socket_.get());
     if (!last || !*last) return;
   }
+}
+
+bool MayUseHugePages(ThpPolicy policy) {
+  if (policy == ThpPolicy::kNever) return false;
+  const auto enabled = ReadFile("/sys/kernel/mm/transparent_hugepage/enabled");
+  return !enabled || enabled->find("[never]") == std::string::npos;
 }
 
 Result<WaitingAgent> WaitingAgent::Begin(const AgentOptions& options, const std::string& view) {

@@ -35,12 +35,14 @@ enum class GuardPolicy {
   kFault,   // threads in user mode run on until they write to the window or make a system call
 };
 
+// Whether `policy` and the system allow them.
+[[nodiscard]] bool MayUseHugePages(ThpPolicy policy);
+
 struct AgentOptions {
   Nanos max_pause{1'000'000};  // bound of one window
   GuardPolicy guard = GuardPolicy::kFreeze;
   ThpPolicy thp = ThpPolicy::kAuto;
   bool remap = true;                 // false: keep anonymous semantics only (restore --remap off)
-  bool eager = false;                // remap before the program runs (restore --mode eager)
   Nanos child_delay{5'000'000'000};  // a forked child is remapped once it has lived this long
   std::string log_file;              // where the detached agent logs; empty: nowhere
 };

@@ -14,6 +14,9 @@
 
 #include "agent/helper_image.h"
 #include "agent/helper_protocol.h"
+#include "agent/name_memory.h"
+#include "base/log.h"
+#include "os/kernel_features.h"
 #include "os/procfs.h"
 #include "os/remote_memory.h"
 
@@ -259,6 +262,28 @@ Result<std::vector<HelperChild>> FindHelpers(Pid pid) {
     helpers.push_back({child, info->ns_pids.back(), info->state == 'Z'});
   }
   return helpers;
+}
+
+void NameMemory(Pid pid, std::span<const NamedMemory> memory) {
+  constexpr Nanos kPatience(1'000'000'000);
+  if (memory.empty() || !CanNameMemory()) return;
+  ProgramStop stop(pid);
+  const auto name_all = [&]() -> Result<> {
+    UNMOOR_TRY(stop.Stop(kPatience, {}));
+    UNMOOR_ASSIGN(Borrowed borrowed, Borrowed::From(pid, stop.threads()));
+    UNMOOR_ASSIGN(const uint64_t text,
+                  borrowed.Call("mmap", SYS_mmap, {0, kPageSize, PROT_READ | PROT_WRITE,
+                                                   MAP_PRIVATE | MAP_ANONYMOUS, ~uint64_t{0}, 0}));
+    for (const auto& [range, name] : memory) {
+      const auto bytes = std::as_bytes(std::span(name.c_str(), name.size() + 1));
+      if (bytes.size() > kPageSize || !WriteMemory(pid, Vaddr(text), bytes)) continue;
+      (void)borrowed.Call("prctl", SYS_prctl, {kPrSetVma, kPrSetVmaAnonName, range.begin.value,
+                                               range.size().value, text, 0});
+    }
+    UNMOOR_TRY(borrowed.Call("munmap", SYS_munmap, {text, kPageSize, 0, 0, 0, 0}));
+    return {};
+  };
+  if (const auto named = name_all(); !named) spdlog::debug("{}", named.error().message());
 }
 
 }  // namespace unmoor

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <csignal>
 #include <list>
+#include <map>
 #include <optional>
 #include <span>
 #include <string>
@@ -15,8 +16,10 @@
 #include "agent/unfinished_restore.h"
 #include "base/fault_point.h"
 #include "base/log.h"
+#include "image/layout.h"
 #include "os/daemon.h"
 #include "os/file.h"
+#include "os/memory_room.h"
 #include "os/process_control.h"
 #include "os/process_tree.h"
 #include "os/procfs.h"
@@ -103,6 +106,7 @@ class LazyServer {
   void StepAll();
   void StepOne(Space& space);
   [[nodiscard]] bool MayBring(const Space& space) const;
+  [[nodiscard]] bool HasRoom(Space& space);
   [[nodiscard]] bool IsOver(Space& space);
   void Close(Space& space);
   void CloseOfEnded();
@@ -115,6 +119,7 @@ class LazyServer {
   Pair& pair_;
   VerifiedBlocks source_;
   LazyState state_;
+  std::map<int, MemoryRoom> rooms_;  // by the restored task's pid
   Nanos began_;
   Pid keeper_;
   Fd keeper_pidfd_;
@@ -387,11 +392,25 @@ Result<bool> LazyServer::OnEvent(Space& space) {
 
 // A child made for a snapshot would otherwise have its memory brought just before it exits.
 bool LazyServer::MayBring(const Space& space) const {
-  if (!state_.running()) return false;
-  if (SignalSeen()) return true;  // somebody waits for all of it
   const Nanos now = MonotonicNow();
+  if (!state_.running() || now < space.no_room_before) return false;
+  if (SignalSeen()) return true;  // somebody waits for all of it
   return now - running_since_ >= kFirstMoments && now >= space.not_before &&
          FaultPoint("lazy.bring").has_value();
+}
+
+// What nobody has touched must not be what the program is killed for. A page somebody waits for comes
+// in any case: so it would without us.
+bool LazyServer::HasRoom(Space& space) {
+  const LazyState::Adopted* const task = state_.FindAdopted(space.vpid);
+  if (task == nullptr) return true;
+  const auto [entry, is_new] = rooms_.try_emplace(task->pid.value, task->pid);
+  MemoryRoom& room = entry->second;
+  if (is_new || !space.no_room.empty()) room.FindGroups();
+  const auto taken = room.Take(Bytes(kBlockSize));
+  space.no_room = taken ? std::string() : taken.error().message();
+  if (!taken) space.no_room_before = MonotonicNow() + kLookAgain;
+  return taken.has_value();
 }
 
 void LazyServer::StepAll() {
@@ -412,7 +431,7 @@ void LazyServer::StepAll() {
 void LazyServer::StepOne(Space& space) {
   auto step = space.memory.ServeWaiting(source_);
   const bool faults_first = events_came_ && rounds_for_faults_ < kRoundsForFaults;
-  if (step && *step == Step::kDone && !faults_first && MayBring(space)) {
+  if (step && *step == Step::kDone && !faults_first && MayBring(space) && HasRoom(space)) {
     step = space.memory.BringNext(source_);
   }
   if (!step) return EndProgram(step.error().message());
@@ -481,7 +500,8 @@ std::optional<ProcessInfo> LazyServer::ProcessOf(const Space& space) const {
 void LazyServer::SaveProgress() {
   last_saved_ = MonotonicNow();
   for (const Space& space : state_.spaces()) {
-    if (!space.forked) SaveProgress(space, false, space.memory.problem());
+    const std::string problem = space.no_room.empty() ? space.memory.problem() : space.no_room;
+    if (!space.forked) SaveProgress(space, false, problem);
   }
 }
 

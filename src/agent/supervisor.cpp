@@ -60,7 +60,6 @@ class WorkerProcess {
                                           : worker_->Begin(std::move(old_uffd), puts_back));
     guarded_ = true;
     if (puts_back) UNMOOR_TRY(PutBack());
-    if (direct_mapped && options_.eager) UNMOOR_TRY(worker_->Run());
     Post(MakeMessage(AgentMessage::Kind::kGuarded, task_.task.pid), worker_->uffd());
     if (task_.task.stopped) {
       if (direct_mapped) worker_->Record();

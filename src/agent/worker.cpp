@@ -355,10 +355,7 @@ bool Worker::program_ended() const {
 }
 
 Result<> Worker::Run() {
-  std::string enabled;
-  if (const auto text = ReadFile("/sys/kernel/mm/transparent_hugepage/enabled")) enabled = *text;
-  const bool huge =
-      options_.thp == ThpPolicy::kAuto && enabled.find("[never]") == std::string::npos;
+  const bool huge = MayUseHugePages(options_.thp);
   Remapper remapper(*this, options_.max_pause, huge);
   const auto result = remapper.Run([&](const RemapCounts& counts) {
     counts_ = counts;

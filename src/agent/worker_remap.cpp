@@ -20,6 +20,7 @@
 #include "os/file.h"
 #include "os/kernel_abi.h"
 #include "os/kernel_features.h"
+#include "os/limits.h"
 #include "os/own_memory.h"
 #include "os/pagemap.h"
 #include "os/process_control.h"
@@ -70,6 +71,8 @@ Result<std::vector<Carrier::PlannedArea>> Worker::Plan() {
   swap_next_ = false;
   UNMOOR_TRY(CheckNoPinnedMemory());
   memory_room_.FindGroups();
+  // The helper's are those of when it was made; what is mapped counts for the program.
+  CopyMemoryLimits(pid_, link_.helper().pid);
   if (++plans_in_a_row_ > kPlansBeforeHold) UNMOOR_TRY(ConvertHot());
   UNMOOR_TRY(Settle());
   for (int attempt = 0;; ++attempt) {

@@ -7,15 +7,13 @@
 #include <fcntl.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
-#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
 #include <optional>
-#include <thread>
 
+#include "base/crew.h"
 #include "base/fault_point.h"
 #include "base/zero.h"
 #include "image/index_format.h"
@@ -30,66 +28,16 @@ using packed_format::Frame;
 using packed_format::FrameHead;
 using packed_format::FramePlan;
 
-constexpr unsigned kMaxThreads = 64;
 constexpr unsigned kBuffers = 3;  // a thread's: one filled while the others are written
 
-// The work of all threads: hands out frames, keeps the first error.
-class Crew {
- public:
-  explicit Crew(size_t frames) : frames_(frames) {}
-
-  [[nodiscard]] std::optional<size_t> Next() {
-    if (failed_.load()) return std::nullopt;
-    const size_t frame = next_.fetch_add(1);
-    return frame < frames_ ? std::optional(frame) : std::nullopt;
-  }
-  void Done(uint64_t bytes) { done_ += bytes; }
-  [[nodiscard]] bool failed() const { return failed_.load(); }
-
-  // Runs `body(crew)`, which returns a Result<>, in each of the threads.
-  template <class Body>
-  [[nodiscard]] Result<> Run(const PackWork& work, Body body) {
-    const unsigned wanted = work.threads != 0 ? work.threads : std::thread::hardware_concurrency();
-    const auto threads = static_cast<unsigned>(
-        std::clamp<size_t>(wanted, 1, std::clamp<size_t>(frames_, 1, kMaxThreads)));
-    std::vector<std::thread> pool;
-    size_t running = threads;
-    for (unsigned i = 0; i < threads; ++i) {
-      pool.emplace_back([&] {
-        Result<> result = body(*this);
-        const std::lock_guard lock(mutex_);
-        if (!result) {
-          failed_ = true;
-          if (!error_) error_ = std::move(result).error();
-        }
-        --running;
-        ended_.notify_one();
-      });
-    }
-    {
-      std::unique_lock lock(mutex_);
-      while (!ended_.wait_for(lock, std::chrono::milliseconds(20), [&] { return running == 0; })) {
-        if (!work.progress) continue;
-        lock.unlock();
-        work.progress(Bytes(done_.load()));
-        lock.lock();
-      }
-    }
-    for (std::thread& thread : pool) thread.join();
-    if (work.progress) work.progress(Bytes(done_.load()));
-    if (error_) return Failure(*error_);
+// Whoever waits for the work only wants to know how far it is.
+Crew::Look Looking(const PackWork& work) {
+  if (!work.progress) return {};
+  return [&work](Bytes done) -> Result<> {
+    work.progress(done);
     return {};
-  }
-
- private:
-  const size_t frames_;
-  std::atomic<size_t> next_{0};
-  std::atomic<uint64_t> done_{0};
-  std::atomic<bool> failed_{false};
-  std::mutex mutex_;  // guards error_ and Run's count
-  std::condition_variable ended_;
-  std::optional<Error> error_;
-};
+  };
+}
 
 // The first block of a frame whose content does not have its hash; its offset in the page image.
 std::optional<FileOffset> FindDamagedBlock(const LayerIndex& index, const FramePlan& plan,
@@ -178,7 +126,7 @@ class Packer {
     UNMOOR_TRY(Write(packed_format::EncodeHeader(header, index_, heads_.size()), 0));
     Places places(packed_format::kHeaderSize);
     Crew crew(plan_.frames.size());
-    UNMOOR_TRY(crew.Run(work, [&](Crew& own) {
+    UNMOOR_TRY(crew.Run(work.threads, Looking(work), [&](Crew& own) {
       Result<> result = PackFrames(own, places);
       if (!result) places.Close();
       return result;
@@ -379,7 +327,7 @@ Result<> UnpackLayer(const PackedReader& packed, const std::string& pages_path,
   UNMOOR_TRY(Truncate(pages.get(), Bytes(packed.index().header.pages_size), pages_path));
   const FramePlan& plan = packed.plan();
   Crew crew(plan.frames.size());
-  UNMOOR_TRY(crew.Run(work, [&](Crew& own) -> Result<> {
+  UNMOOR_TRY(crew.Run(work.threads, Looking(work), [&](Crew& own) -> Result<> {
     UNMOOR_ASSIGN(WriteRing ring, WriteRing::Create(pages.get(), pages_path,
                                                     packed_format::kPieceSize, kBuffers));
     Decompressor decompressor;
@@ -426,7 +374,7 @@ LayerVerdict VerifyPackedLayer(const std::string& dir, const std::string& id,
   std::mutex mutex;
   Crew crew(packed->plan().frames.size());
   const PackWork work{options.threads, options.progress};
-  const auto ran = crew.Run(work, [&](Crew& own) -> Result<> {
+  const auto ran = crew.Run(work.threads, Looking(work), [&](Crew& own) -> Result<> {
     Decompressor decompressor;
     std::vector<std::byte> stored_buffer;
     std::vector<std::byte> content(packed_format::kPieceSize);

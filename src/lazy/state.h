@@ -6,6 +6,7 @@
 
 #include <list>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "base/units.h"
@@ -36,7 +37,10 @@ class LazyState {
     AddressSpace memory;
     uint32_t vpid = 0;  // of the restored task it is, or is forked from
     bool forked = false;
-    Nanos not_before = {};  // its pages are brought by themselves; the server's to set
+    // The server's to set: its pages are brought by themselves from then on,
+    Nanos not_before = {};
+    Nanos no_room_before = {};  // and not while there is no memory for them
+    std::string no_room = {};
   };
 
   explicit LazyState(const LazyImage& image) : image_(image) {}

@@ -141,6 +141,13 @@ Result<> MemoryRoom::Take(Bytes more) {
   return {};
 }
 
+Result<> MemoryRoom::CanTake(Bytes more) {
+  UNMOOR_TRY(Take(more));
+  const std::lock_guard lock(mutex_);
+  left_ += more;
+  return {};
+}
+
 void MemoryRoom::Look() {
   looked_ = MonotonicNow();
   left_ = Bytes(kUnlimited);

@@ -39,6 +39,8 @@ class MemoryRoom {
   // The caller is about to use `more`. Where that much is not there: ENOMEM, naming what lacks it,
   // and nothing is taken. Looks at the kernel's figures every few milliseconds.
   [[nodiscard]] Result<> Take(Bytes more);
+  // The same, and nothing is taken in any case.
+  [[nodiscard]] Result<> CanTake(Bytes more);
 
  private:
   void Look();

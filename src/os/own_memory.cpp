@@ -59,6 +59,12 @@ Result<> ProtectMemory(VaddrRange range, int prot) {
   return SystemError(errno, fmt::format("cannot protect {}", range));
 }
 
+Result<> PopulateForReading(VaddrRange range) {
+  constexpr int kPopulateRead = 22;  // MADV_POPULATE_READ
+  if (::madvise(Pointer(range.begin), range.size().value, kPopulateRead) == 0) return {};
+  return SystemError(errno, fmt::format("cannot read what is mapped at {}", range));
+}
+
 Result<> UnmapMemory(VaddrRange range) {
   if (::munmap(Pointer(range.begin), range.size().value) == 0) return {};
   return SystemError(errno, fmt::format("cannot unmap {}", range));

@@ -23,6 +23,9 @@ enum class MapAt {
 [[nodiscard]] Result<VaddrRange> ReserveAddresses(Bytes size, uint64_t remainder);
 [[nodiscard]] Result<> ProtectMemory(VaddrRange range, int prot);
 [[nodiscard]] Result<> UnmapMemory(VaddrRange range);
+// Has all of a mapping's pages there (MADV_POPULATE_READ, Linux 5.14). An error where one cannot be
+// had: then reading it would be a signal.
+[[nodiscard]] Result<> PopulateForReading(VaddrRange range);
 
 // Copies own memory; EFAULT, no signal, where it cannot be read.
 [[nodiscard]] Result<> ReadOwnMemory(Vaddr at, std::span<std::byte> data);

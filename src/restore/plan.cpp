@@ -1,6 +1,10 @@
 // See plan.h.
 #include "restore/plan.h"
 
+#include <sys/mman.h>
+
+#include <algorithm>
+
 #include "image/overlay.h"
 
 namespace unmoor {
@@ -76,6 +80,33 @@ Result<std::vector<LazyTask>> PlanLazyPages(const Manifest& manifest,
       lazy.pages.insert(lazy.pages.end(), pages.all.begin(), pages.all.end());
     }
     tasks.push_back(std::move(lazy));
+  }
+  return tasks;
+}
+
+Result<std::vector<FillTask>> PlanFill(const Manifest& manifest, std::span<const LayerInfo> layers,
+                                       const std::string& directory) {
+  std::vector<const LayerInfo*> infos;
+  for (const LayerInfo& layer : layers) infos.push_back(&layer);
+  const Overlay overlay(infos, directory);
+  std::vector<FillTask> tasks;
+  for (const ManifestTask& task : manifest.tasks) {
+    FillTask fill{task.vpid, task.comm, {}, {}, {}};
+    for (const ManifestVma& vma : task.vmas) {
+      if (vma.kind != VmaKind::kMapped) continue;
+      constexpr std::string_view kNamed = "[anon:";
+      if (vma.name.starts_with(kNamed) && vma.name.ends_with(']')) {
+        fill.names.push_back(
+            {vma.range, vma.name.substr(kNamed.size(), vma.name.size() - kNamed.size() - 1)});
+      }
+      UNMOOR_ASSIGN(VmaPages pages, overlay.Resolve(task.vpid, vma));
+      if (pages.all.empty()) continue;
+      const bool wants_small = std::ranges::find(vma.flags, "nh") != vma.flags.end();
+      fill.areas.push_back(
+          {vma.range, (vma.prot & PROT_WRITE) != 0, !wants_small, std::move(pages.all)});
+      fill.size += pages.data;
+    }
+    tasks.push_back(std::move(fill));
   }
   return tasks;
 }

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "agent/name_memory.h"
 #include "base/result.h"
 #include "base/units.h"
 #include "criu/rewrite.h"
@@ -37,5 +38,23 @@ struct RestorePlan {
 [[nodiscard]] Result<std::vector<LazyTask>> PlanLazyPages(const Manifest& manifest,
                                                           std::span<const LayerInfo> layers,
                                                           const std::string& directory);
+
+// For an eager restore: what is to be in each task's memory before it runs. The same layers.
+struct FillArea {
+  VaddrRange vma;
+  bool writable = false;
+  bool may_be_huge = true;         // the program has not asked for small pages
+  std::vector<OverlayRun> pages;   // ascending, disjoint
+};
+struct FillTask {
+  uint32_t vpid = 0;
+  std::string name;
+  std::vector<FillArea> areas;  // those with pages; ascending
+  Bytes size;                   // of all pages
+  std::vector<NamedMemory> names;
+};
+[[nodiscard]] Result<std::vector<FillTask>> PlanFill(const Manifest& manifest,
+                                                     std::span<const LayerInfo> layers,
+                                                     const std::string& directory);
 
 }  // namespace unmoor

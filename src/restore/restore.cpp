@@ -12,6 +12,7 @@
 #include <set>
 
 #include "agent/known_image.h"
+#include "agent/name_memory.h"
 #include "agent/progress_file.h"
 #include "base/fault_point.h"
 #include "base/log.h"
@@ -23,9 +24,12 @@
 #include "image/layout.h"
 #include "image/manifest.h"
 #include "os/file.h"
+#include "os/kernel_features.h"
+#include "os/memory_room.h"
 #include "os/process_control.h"
 #include "os/procfs.h"
 #include "os/socket.h"
+#include "restore/fill.h"
 #include "restore/plan.h"
 #include "restore/prefetch.h"
 
@@ -124,19 +128,21 @@ struct RestoredTasks {
 class Restorer {
  public:
   Restorer(const RestoreOptions& options, const RestoreObserver& observer)
-      : options_(options), observer_(observer) {}
+      : options_(options), observer_(observer), mode_(options.mode) {}
   [[nodiscard]] Result<RestoredProgram> Run();
 
  private:
   [[nodiscard]] Result<> Lock();
   [[nodiscard]] bool MayStartAtOnce() const;
+  [[nodiscard]] ModeFacts LookForMode() const;
   [[nodiscard]] Result<> ListLayers();
   [[nodiscard]] Result<> Open();
   [[nodiscard]] Result<> NumberLayers();
   [[nodiscard]] Result<> CheckFreePids() const;
   [[nodiscard]] Result<> PrepareLazy();
   [[nodiscard]] Result<WaitingAgent> BeginAgent(const TemporaryView& view) const;
-  [[nodiscard]] bool lazy() const { return options_.mode == RestoreMode::kLazy; }
+  [[nodiscard]] bool lazy() const { return mode_ == RestoreMode::kLazy; }
+  [[nodiscard]] bool eager() const { return mode_ == RestoreMode::kEager; }
   [[nodiscard]] Result<Fd> Restore(TemporaryView& view, std::optional<WaitingAgent>& agent,
                                    InterruptFd& interrupt);
   [[nodiscard]] Result<> Finish(criu::RunningCriu& criu);
@@ -146,10 +152,12 @@ class Restorer {
                                           InterruptFd& interrupt) const;
   [[nodiscard]] Result<std::vector<Pid>> ReadForkedTree(Pid root) const;
   [[nodiscard]] Result<RestoredTasks> FindTasks(const TemporaryView& view) const;
-  [[nodiscard]] Result<> Remap(const RestoredTasks& tasks, InterruptFd& interrupt) const;
+  [[nodiscard]] Result<> PrepareFill();
+  [[nodiscard]] Result<> FillTasks(const RestoredTasks& tasks, InterruptFd& interrupt);
 
   const RestoreOptions& options_;
   const RestoreObserver& observer_;
+  RestoreMode mode_;
   std::string image_;  // the directory asked for, or what it was unpacked to
   std::string directory_;
   DirectoryLock lock_;  // until criu has read everything
@@ -167,6 +175,7 @@ class Restorer {
   RestorePlan plan_;
   LazyImage lazy_;  // has the layers then
   std::optional<Prefetch> prefetch_;
+  std::vector<FillTask> fill_;
   RestoreReport report_;
 };
 
@@ -198,6 +207,29 @@ Result<> Restorer::ListLayers() {
     listed_.push_back(std::move(layer));
   }
   return {};
+}
+
+ModeFacts Restorer::LookForMode() const {
+  ModeFacts facts;
+  facts.cached = Bytes();
+  for (const ListedLayer& layer : listed_) {
+    const int fd = layer.pages.get();
+    if (const auto info = StatFd(fd, layer.path)) {
+      facts.data += Bytes(static_cast<uint64_t>(info->st_blocks) * 512);
+    }
+    const auto cached = CachedBytes(fd, layer.path);
+    if (!cached) facts.cached.reset();
+    if (cached && facts.cached) *facts.cached += *cached;
+    facts.storage = StorageOf(fd, layer.path).value_or(facts.storage);
+  }
+  const KernelFeatures features = KernelFeatures::Probe();
+  facts.can_watch = features.HasUffd() && features.Has(UffdFeature::kEventRemove) &&
+                    features.Has(UffdFeature::kWpAsync) && features.pagemap_scan &&
+                    features.procmap_query;
+  MemoryRoom room(OwnPid());
+  room.FindGroups();
+  if (const auto has = room.CanTake(facts.data); !has) facts.lacks_room = has.error().message();
+  return facts;
 }
 
 Result<> Restorer::NumberLayers() {
@@ -249,6 +281,19 @@ Result<> Restorer::PrepareLazy() {
   return {};
 }
 
+Result<> Restorer::PrepareFill() {
+  std::vector<LayerInfo> infos;
+  for (LayerReader& layer : layers_) {
+    UNMOOR_TRY(layer.LoadHashes());
+    infos.push_back(layer.info());
+  }
+  UNMOOR_ASSIGN(fill_, PlanFill(manifest_, infos, directory_));
+  report_.mapped = Bytes();
+  report_.mappings = 0;
+  report_.loaded = report_.data;
+  return {};
+}
+
 // Those that CRIU has to map; layers of deltas only are read here.
 std::set<size_t> Restorer::MappedLayers() const {
   std::set<size_t> layers;
@@ -266,7 +311,8 @@ criu::CriuCommand Restorer::Command(const TemporaryView& view, const criu::Gate&
   if (!listed_.empty()) command.args.push_back("--leave-stopped");
   if (lazy() && !listed_.empty()) command.args.push_back("--lazy-pages");
   const std::set<size_t> mapped = MappedLayers();
-  for (size_t i = 0; i < listed_.size() && !lazy(); ++i) {
+  const bool maps = mode_ == RestoreMode::kDirect;
+  for (size_t i = 0; i < listed_.size() && maps; ++i) {
     if (opened_ && !mapped.contains(i)) continue;
     const int as = kFirstLayerFd + static_cast<int>(i);
     command.fds.push_back({listed_[i].pages.get(), as});
@@ -315,8 +361,10 @@ Result<> Restorer::FillView(const TemporaryView& view) const {
   std::vector<criu::LayerFile> files;
   for (const ListedLayer& layer : listed_) files.push_back({layer.pages.get(), layer.path});
   const std::string criu = CriuDirectory(directory_);
+  const std::span<const criu::TaskMapping> mapped =
+      eager() ? std::span<const criu::TaskMapping>() : plan_.tasks;
   UNMOOR_TRY(lazy() ? criu::RewriteForLazyPages(criu, view.images(), plan_.tasks)
-                    : criu::RewriteForDirectMap(criu, view.images(), plan_.tasks, files));
+                    : criu::RewriteForDirectMap(criu, view.images(), mapped, files));
   return ReplaceLinksForMountNamespace(CriuDirectory(directory_), view.images());
 }
 
@@ -352,13 +400,29 @@ Result<RestoredTasks> Restorer::FindTasks(const TemporaryView& view) const {
   return tasks;
 }
 
-Result<> Restorer::Remap(const RestoredTasks& tasks, InterruptFd& interrupt) const {
+Result<> Restorer::FillTasks(const RestoredTasks& tasks, InterruptFd& interrupt) {
+  const Nanos begin = MonotonicNow();
+  std::vector<FillTarget> targets;
+  Bytes total;
   for (const Pid pid : tasks.alive) {
-    if (interrupt.Take() != 0) return MachineError("interrupted");
-    UNMOOR_TRY(RemapProcess(pid, options_.agent, [&](const RemapReport& progress) {
-      if (observer_.remapping) observer_.remapping(pid, progress);
-    }));
+    UNMOOR_ASSIGN(const ProcessInfo process, ReadProcess(pid));
+    const auto vpid =
+        static_cast<uint32_t>(process.ns_pids.empty() ? pid.value : process.ns_pids.back());
+    const auto task = std::ranges::find(fill_, vpid, &FillTask::vpid);
+    if (task == fill_.end()) continue;
+    targets.push_back({pid, &*task});
+    total += task->size;
   }
+  FillOptions options;
+  options.huge = MayUseHugePages(options_.agent.thp);
+  options.look = [&](Bytes done) -> Result<> {
+    if (interrupt.Take() != 0) return MachineError("interrupted");
+    if (observer_.filling) observer_.filling(done, total);
+    return {};
+  };
+  UNMOOR_TRY(Fill(targets, layers_, options));
+  for (const FillTarget& target : targets) NameMemory(target.pid, target.task->names);
+  report_.fill_time = MonotonicNow() - begin;
   return {};
 }
 
@@ -403,6 +467,7 @@ Result<Fd> Restorer::Restore(TemporaryView& view, std::optional<WaitingAgent>& a
   listener.Reset();
   UNMOOR_TRY(CheckFreePids());
   UNMOOR_TRY(FillView(view));
+  if (eager()) UNMOOR_TRY(PrepareFill());
   UNMOOR_TRY(FaultPoint("restore.before_criu"));
   report_.criu_waited = SleepsInCall(criu.pid(), SYS_read);
   UNMOOR_TRY(gate.Open());
@@ -410,12 +475,12 @@ Result<Fd> Restorer::Restore(TemporaryView& view, std::optional<WaitingAgent>& a
 
   UNMOOR_ASSIGN(const bool restored, criu.WaitFor(gate.restored()));
   report_.criu_time = MonotonicNow() - criu_started;
-  const bool early = restored && mapped && options_.mode != RestoreMode::kEager;
+  const bool early = restored && mapped && !eager();
   if (!early) UNMOOR_TRY(Finish(criu));
   if (!restored) report_.criu_time = MonotonicNow() - criu_started;
   UNMOOR_ASSIGN(const RestoredTasks tasks, FindTasks(view));
   UNMOOR_ASSIGN(Fd pidfd, OpenPidFd(tasks.root));
-  if (agent && options_.mode == RestoreMode::kEager) UNMOOR_TRY(Remap(tasks, interrupt));
+  if (agent && eager()) UNMOOR_TRY(FillTasks(tasks, interrupt));
   UNMOOR_TRY(FaultPoint("restore.before_agent"));
   if (agent) UNMOOR_TRY(agent->Adopt(tasks.alive, tasks.stay_stopped));
   const Nanos found = MonotonicNow();
@@ -451,8 +516,14 @@ Result<RestoredProgram> Restorer::Run() {
   const Nanos begin = MonotonicNow();
   UNMOOR_TRY(Lock());
   UNMOOR_TRY(ListLayers());
+  if (mode_ == RestoreMode::kAuto) {
+    ModeChoice choice = ChooseMode(LookForMode());
+    mode_ = choice.mode;
+    report_.why_mode = std::move(choice.why);
+  }
+  report_.mode = mode_;
   // Eager reads everything, and in an order of its own.
-  if (options_.prefetch && options_.mode != RestoreMode::kEager && !listed_.empty()) {
+  if (options_.prefetch && !eager() && !listed_.empty()) {
     if (auto prefetch = BeginPrefetch(image_)) {
       report_.prefetched = prefetch->bytes;
       prefetch_.emplace(std::move(*prefetch));

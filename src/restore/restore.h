@@ -12,6 +12,9 @@
 // Lazy: criu makes the memory anonymous and empty, with a userfaultfd, whose server (the agent)
 // brings the pages; nothing is ever mapped from the image.
 //
+// Eager: criu makes the memory anonymous and empty, and it is filled (fill.h) before anybody runs. The
+// agent only sees to it that nothing is left should we die, and lets the tasks run.
+//
 // The restored root becomes a child of the calling process. One restore at a time in a process.
 // Document: docs/architecture.md, docs/cli.md.
 #pragma once
@@ -28,14 +31,9 @@
 #include "image/pack.h"
 #include "os/fd.h"
 #include "os/spawn.h"
+#include "restore/choose.h"
 
 namespace unmoor {
-
-enum class RestoreMode {
-  kDirect,  // runs at once, remapped in the background
-  kEager,   // remapped before it runs
-  kLazy,    // runs at once, its pages brought when it touches them, and in the background
-};
 
 struct RestoreOptions {
   std::string directory;
@@ -51,21 +49,24 @@ struct RestoreOptions {
 struct RestoreObserver {
   // Of a packed image, before anything else.
   std::function<void(Bytes done, Bytes total)> unpacking;
-  std::function<void(Pid, const RemapReport&)> remapping;  // kEager only
+  std::function<void(Bytes done, Bytes total)> filling;  // kEager only
 };
 
 struct RestoreReport {
+  RestoreMode mode = RestoreMode::kDirect;
+  std::string why_mode;                   // when it was left to us
   std::optional<UnpackedCache> unpacked;  // of a packed image: where to, and how long it took
   Pid root;
   std::vector<Pid> tasks;
   std::optional<Pid> agent;
   Bytes mapped;
   Bytes data;
-  Bytes loaded;  // of `data`, copied by criu: the deltas of a chain
+  Bytes loaded;  // of `data`, copied before it ran: the deltas of a chain; eager: all
   uint64_t mappings = 0;
   Nanos criu_time;           // from criu's start until its tasks were ready, or it ended
   Bytes prefetched;          // being read ahead, of a recorded working set
   bool criu_waited = false;  // for us to have its images ready
+  Nanos fill_time;           // of an eager restore
   Nanos elapsed;             // until the program ran
 };
 

@@ -20,7 +20,7 @@ from harness import (LATER, PROGRAMS, READY, UNMOOR, Program, demand, footprint,
 
 CTRL_C = b"\x03"
 ESCAPE = "\x1b"
-BAR = re.compile(r"(remap|dump) +[█░]+ +\d+ %")
+BAR = re.compile(r"(remap|dump|restore) +[█░]+ +\d+ %")
 # Long enough to type something meanwhile.
 LARGE = ("--threads", 2, "--mib", 448, "--sweep-ms", 700)
 

@@ -41,7 +41,8 @@ constexpr char kFooter[] =
     "then made independent of the image (unmoor status -t PID). DIR must stay until it is READY.\n"
     "\n  --mode direct      run at once, remap in the background (default)\n"
     "  --mode lazy        run at once, bring pages when they are touched, and in the background\n"
-    "  --mode eager       remap before the program runs\n"
+    "  --mode eager       bring all of its memory first, then run; READY at once\n"
+    "  --mode auto        the one that fits this image and machine; says which, and why\n"
     "  --remap off        stay mapped; 'unmoor remap -t PID' does it later\n"
     "\nExamples:\n"
     "  unmoor restore -D /var/tmp/image -d\n"
@@ -58,15 +59,20 @@ Result<RestoreOptions> ToOptions(const RestoreArguments& arguments, const Invoca
     options.mode = RestoreMode::kEager;
   } else if (arguments.mode == "lazy") {
     options.mode = RestoreMode::kLazy;
+  } else if (arguments.mode == "auto") {
+    options.mode = RestoreMode::kAuto;
   } else if (arguments.mode != "direct") {
-    return UserError("--mode is direct, lazy or eager, not '{}'", arguments.mode);
+    return UserError("--mode is direct, lazy, eager or auto, not '{}'", arguments.mode);
   }
   if (arguments.remap != "background" && arguments.remap != "off") {
     return UserError("--remap is background or off, not '{}'", arguments.remap);
   }
   options.agent.remap = arguments.remap == "background";
   if (!options.agent.remap && options.mode == RestoreMode::kEager) {
-    return UserError("--mode eager remaps before the program runs, so --remap off contradicts it");
+    return UserError("--mode eager maps nothing, so --remap off means nothing there");
+  }
+  if (!options.agent.remap && options.mode == RestoreMode::kAuto) {
+    return UserError("--mode auto may choose one that maps nothing, so --remap off needs a --mode direct");
   }
   if (!options.agent.remap && options.mode == RestoreMode::kLazy) {
     return UserError("--mode lazy maps nothing, so --remap off means nothing there");
@@ -90,6 +96,7 @@ void PrintReport(const RestoreReport& report) {
   nlohmann::json tasks = nlohmann::json::array();
   for (const Pid pid : report.tasks) tasks.push_back(pid.value);
   nlohmann::json object = {{"pid", report.root.value},
+                           {"mode", ToString(report.mode)},
                            {"tasks", std::move(tasks)},
                            {"mapped_bytes", report.mapped.value},
                            {"layer_bytes", report.data.value},
@@ -104,6 +111,8 @@ void PrintReport(const RestoreReport& report) {
     object["unpacked_bytes"] = report.unpacked->pages.value;
     object["unpack_ns"] = report.unpacked->elapsed.value;
   }
+  if (!report.why_mode.empty()) object["mode_reason"] = report.why_mode;
+  if (report.mode == RestoreMode::kEager) object["fill_ns"] = report.fill_time.value;
   if (report.agent) object["agent"] = report.agent->value;
   PrintJson(object);
 }
@@ -169,13 +178,13 @@ int RunRestore(const RestoreArguments& arguments, const Invocation& invocation) 
   if (const auto imported = ImportStock(*options, arguments.json); !imported) {
     return Report(imported.error(), arguments.json);
   }
-  ProgressBar bar("remap", arguments.json);
+  ProgressBar bar("restore", arguments.json);
   ProgressBar unpacking("unpack", arguments.json);
   RestoreObserver observer;
   observer.unpacking = [&](Bytes done, Bytes total) { unpacking.Show(done, total); };
-  observer.remapping = [&](Pid, const RemapReport& report) {
+  observer.filling = [&](Bytes done, Bytes total) {
     unpacking.Clear();
-    bar.Show(report.done + report.dropped, report.total, DescribeProgress(report));
+    bar.Show(done, total);
   };
   auto program = Restore(*options, observer);
   unpacking.Clear();
@@ -188,6 +197,9 @@ int RunRestore(const RestoreArguments& arguments, const Invocation& invocation) 
     // Of a packed image in its unpacked form, as what is mapped: there the next restore looks for it.
     record.directory = RealPath(unpacked ? unpacked->directory : options->directory).value_or(options->directory);
     Record(record);
+  }
+  if (const std::string& why = program->report().why_mode; !why.empty() && !arguments.json) {
+    std::fprintf(stderr, "restored --mode %s: %s\n", ToString(program->report().mode), why.c_str());
   }
   if (arguments.json) PrintReport(program->report());
   std::fflush(stdout);
@@ -215,7 +227,7 @@ Action ConfigureRestore(CLI::App& app) {
   app.add_flag("-d,--restore-detached", arguments->detached,
                "Return once the program runs, instead of waiting for its end");
   app.add_option("--mode", arguments->mode, "How its memory comes back")
-      ->option_text("direct|lazy|eager");
+      ->option_text("direct|lazy|eager|auto");
   app.add_option("--remap", arguments->remap, "Whether it is made independent by itself")
       ->option_text("background|off");
   app.add_flag("--record", arguments->record,

@@ -6,6 +6,7 @@
 // true, exit code 0. Its descriptors 0 to 2 should be /dev/null: CRIU checks the size of open
 // files.
 #include <signal.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -152,6 +153,9 @@ int Run(int argc, char** argv) {
   state.options = ParseOptions(argc, argv);
   const Options& options = state.options;
   report::Open("churn", options.report);
+  if (options.lock && mlockall(MCL_CURRENT | MCL_FUTURE) != 0) {
+    report::Fail("mlockall: %s", std::strerror(errno));
+  }
   InstallHandlers();
   state.stats = std::make_unique<Stats[]>(static_cast<size_t>(options.threads));
   FillMemory(state);

@@ -10,7 +10,7 @@ namespace churn {
 namespace {
 
 constexpr const char* kUsage =
-    "usage: churn --report FILE [--threads N] [--mib N] [--regions N] [--sparse]\n"
+    "usage: churn --report FILE [--threads N] [--mib N] [--regions N] [--sparse] [--lock]\n"
     "             [--pattern seq|uniform|hot] [--hot SHARE] [--write-share SHARE] [--rate N]\n"
     "             [--sweep-ms N] [--exit-after-ms N] [--exec-after-ms N]\n"
     "             [--hazard-mib N] [--hazard-us N] [--dontneed] [--madv-free] [--remapper] "
@@ -47,6 +47,7 @@ Options ParseOptions(int argc, char** argv) {
       {"--mmap-over", &options.mmap_over}, {"--munmap", &options.munmap},
       {"--fork", &options.fork},           {"--spawn", &options.spawn},
       {"--syscalls", &options.syscalls},   {"--threads-churn", &options.threads_churn},
+      {"--lock", &options.lock},
   };
   for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];

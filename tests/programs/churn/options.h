@@ -19,6 +19,7 @@ struct Options {
   uint64_t rate = 0;         // operations a second and thread; 0: as fast as it goes
   uint64_t sweep_ms = 500;   // a thread verifies all its pages that often
   bool sparse = false;       // 1/4 of the pages never touched, 1/4 touched but zero
+  bool lock = false;         // all memory is locked (mlockall)
   uint64_t exit_after_ms = 0;
   uint64_t exec_after_ms = 0;
 

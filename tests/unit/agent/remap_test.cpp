@@ -292,20 +292,5 @@ TEST_F(RemapTest, AProgramStartedStoppedRunsWithoutNoticingSigcont) {
   ExpectGoodEnd(pid);
 }
 
-TEST_F(RemapTest, EagerMeansAnonymousBeforeTheFirstInstruction) {
-  const PageImage image = MakePageImage(directory_, 4096);
-  const Pid pid = StartSubject([&] {
-    Memory memory(image, *signals_);
-    ::raise(SIGSTOP);
-    const auto maps = ReadFile("/proc/self/maps");
-    if (!maps || maps->find(".pages") != std::string::npos) signals_->Fail("still direct-mapped");
-    memory.CheckAll("right after it was let go");
-  });
-  AgentOptions options;
-  options.eager = true;
-  WatchStopped(pid, options);
-  ExpectGoodEnd(pid);
-}
-
 }  // namespace
 }  // namespace unmoor::testing_agent

@@ -1,0 +1,75 @@
+// See verified_pages.h.
+#include "image/verified_pages.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+
+#include "os/file.h"
+#include "os/own_memory.h"
+
+namespace unmoor {
+namespace {
+
+const std::byte* BytesAt(Vaddr at) {
+  return reinterpret_cast<const std::byte*>(at.value);  // SAFETY: in a window of ours
+}
+
+}  // namespace
+
+VerifiedPages::~VerifiedPages() {
+  for (const auto& [layer, window] : windows_) {
+    if (!window.room.empty()) (void)UnmapMemory(window.room);
+  }
+}
+
+Result<std::span<const std::byte>> VerifiedPages::Look(const LayerReader& layer, Window& window,
+                                                       FileRange blocks) {
+  const FileOffset wanted(AlignDown(blocks.begin.value, kWindow));
+  if (window.room.empty()) window.room = ReserveAddresses(Bytes(kWindow), 0).value_or(VaddrRange());
+  if (window.shows != wanted) {
+    window.verified.reset();
+    window.shows = wanted;
+    const bool mapped = !window.room.empty() &&
+                        MapFilePrivately(layer.pages_fd().get(), wanted, window.room, PROT_READ,
+                                         MapAt::kReplace);
+    if (!mapped) window.shows = FileOffset(~uint64_t{0});
+  }
+  if (window.shows == wanted) {
+    const Vaddr at = window.room.begin + (blocks.begin - wanted);
+    if (PopulateForReading({at, at + blocks.size()})) {
+      return std::span(BytesAt(at), blocks.size().value);
+    }
+  }
+  // Which also tells what is wrong.
+  buffer_.resize(blocks.size().value);
+  window.verified.reset();
+  window.shows = FileOffset(~uint64_t{0});
+  UNMOOR_TRY(ReadExactlyAt(layer.pages_fd().get(), buffer_, blocks.begin, layer.pages_path()));
+  return std::span<const std::byte>(buffer_);
+}
+
+Result<std::span<const std::byte>> VerifiedPages::At(uint32_t layer, FileRange range) {
+  const LayerReader& reader = layers_[layer];
+  Window& window = windows_[layer];
+  const FileOffset limit(AlignDown(range.begin.value, kMost) + kMost);
+  const FileRange part{range.begin, std::min(range.end, limit)};
+  const FileRange blocks{FileOffset(AlignDown(part.begin.value, kBlockSize)),
+                         FileOffset(AlignUp(part.end.value, kBlockSize))};
+  UNMOOR_ASSIGN(const std::span<const std::byte> bytes, Look(reader, window, blocks));
+  for (uint64_t at = 0; at < bytes.size(); at += kBlockSize) {
+    const FileOffset offset = blocks.begin + Bytes(at);
+    const size_t number = offset.value % kWindow / kBlockSize;
+    if (window.verified.test(number)) continue;
+    if (!reader.BlockMatches(offset, bytes.subspan(at, kBlockSize))) {
+      return UserError("{}: the {} bytes at offset {} do not match their hash; the layer is damaged",
+                       reader.pages_path(), kBlockSize, offset.value);
+    }
+    if (!window.room.empty() && window.shows.value == AlignDown(offset.value, kWindow)) {
+      window.verified.set(number);
+    }
+  }
+  return bytes.subspan((part.begin - blocks.begin).value, part.size().value);
+}
+
+}  // namespace unmoor

@@ -1,0 +1,54 @@
+// VerifiedPages: the pages of layers as large pieces of the page cache, each block held against its
+// hash before anybody sees it.
+//
+// For whoever takes much from one place: pages are not copied, they are looked at through a mapping
+// that moves along (one for each layer). Where that does not work they are read into a buffer. A
+// block that cannot be read whole, or does not match, is an error that names the file and the
+// offset; never zeros. A page that the kernel drops and then cannot read again, within the moment in
+// which it is used, ends the process (SIGBUS).
+// One thread. Document: docs/format.md, "Hash". Single blocks, asked for anywhere: verified_blocks.h.
+#pragma once
+
+#include <bitset>
+#include <cstddef>
+#include <map>
+#include <span>
+#include <vector>
+
+#include "base/result.h"
+#include "base/units.h"
+#include "image/layer_reader.h"
+#include "image/layout.h"
+
+namespace unmoor {
+
+class VerifiedPages {
+ public:
+  static constexpr uint64_t kMost = uint64_t{256} << 10;  // at once: stays in the cache
+
+  // Their hashes are loaded.
+  explicit VerifiedPages(const std::vector<LayerReader>& layers) : layers_(layers) {}
+  VerifiedPages(const VerifiedPages&) = delete;
+  VerifiedPages& operator=(const VerifiedPages&) = delete;
+  ~VerifiedPages();
+
+  // What of `range` lies in the same kMost-aligned piece as its first page; until the next call.
+  [[nodiscard]] Result<std::span<const std::byte>> At(uint32_t layer, FileRange range);
+
+ private:
+  static constexpr uint64_t kWindow = kHugePageSize;
+  struct Window {
+    VaddrRange room;  // empty: none to be had
+    FileOffset shows{~uint64_t{0}};
+    std::bitset<kWindow / kBlockSize> verified;
+  };
+  // A view of `blocks`, which lie in one window.
+  [[nodiscard]] Result<std::span<const std::byte>> Look(const LayerReader& layer, Window& window,
+                                                        FileRange blocks);
+
+  const std::vector<LayerReader>& layers_;
+  std::map<uint32_t, Window> windows_;
+  std::vector<std::byte> buffer_;
+};
+
+}  // namespace unmoor

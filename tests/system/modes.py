@@ -1,0 +1,398 @@
+#!/usr/bin/env -S python3 -B
+"""Each way to restore, with the programs people have, on the storage and under the limits they have.
+
+Where a story is about all three modes they come one after the other, from the same image: what differs
+between them is then the mode alone.
+"""
+import contextlib
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+
+import jvm as java
+from churn import two_generations
+from harness import (LATER, READY, UNMOOR, Skip, demand, footprint, is_alive, main, poll, smaps_total,
+                     thp_setting)
+from redis import Redis, Writer
+from tree import Tree
+from zoo import start as start_zoo
+
+MODES = ("direct", "lazy", "eager")
+LITTLE = ("--threads", 2, "--mib", 32, "--sweep-ms", 100)
+
+
+def mode(name):
+    return ("--mode", name)
+
+
+def kill(program):
+    os.kill(program.pid, signal.SIGKILL)
+    program.await_gone()
+
+
+def demand_nothing_left(story, program, when):
+    """Of a restore that failed."""
+    poll(lambda: not is_alive(program.pid), f"nothing of the program to be left ({when})")
+    program.await_gone()
+    story.demand_no_agent()
+    left = [name for name in os.listdir(story.folder) if name.startswith("unmoor-")]
+    demand(not [name for name in left if os.path.isdir(story.path(name))], f"left behind ({when}): {left}")
+
+
+# Programs.
+
+def churn_eager(story):
+    two_generations(story, "--threads", 4, "--mib", 256, arguments=mode("eager"))
+
+
+def huge_pages_eager(story):
+    """Blocks all of whose pages are in use are huge pages before the program runs; no VMA shows it."""
+    if thp_setting() == "never":
+        raise Skip("this machine has no huge pages (transparent_hugepage/enabled is never)")
+    churn = story.start("churn", "--threads", 1, "--mib", 64)
+    before = footprint(churn.pid)
+    image = story.dump(churn, "image")
+    for options, huge in (((), True), (("--thp", "never"), False)):
+        story.restore(churn, image, *mode("eager"), *options)
+        found = smaps_total(churn.pid, "AnonHugePages")
+        demand(found >= 48 << 20 if huge else found == 0 or thp_setting() == "always",
+               f"{found >> 20} MiB are in huge pages with {options}")
+        churn.await_sweep()
+        story.demand_untouched(churn, before)
+        if huge:
+            kill(churn)
+    churn.end()
+
+
+def tree_eager(story):
+    family = Tree(story, "--mib", 64)
+    before = [footprint(member.pid) for member in family.members]
+    image = story.dump(family.parent, "image")
+    family.await_gone()
+    story.restore(family.parent, image, *mode("eager"))
+    for member in family.members:
+        demand(story.status(member).code == READY, "READY at once")
+    shutil.rmtree(image)
+    family.await_rounds("works without the image")
+    story.demand_no_agent()
+    for member, old in zip(family.members, before):
+        story.demand_untouched(member, old)
+    family.parent.end()
+    family.await_gone()
+
+
+def zoo_lazy(story):
+    zoo = start_zoo(story)
+    before = footprint(zoo.pid)
+    image = story.dump(zoo, "image")
+    story.restore(zoo, image, *mode("lazy"))
+    story.wait_ready(zoo)
+    shutil.rmtree(image)
+    zoo.await_progress("verifies", "verified", 2)
+    story.demand_no_agent()
+    story.demand_untouched(zoo, before, join_anonymous=True)
+    zoo.end()
+
+
+def redis(how):
+    def story(story):
+        server = Redis(story)
+        client = server.client()
+        client("DEBUG", "POPULATE", 40_000, "key", 800)
+        client.close()
+        digest = server.digest()
+        server.disconnected()
+        before = footprint(server.program.pid)
+        image = story.dump(server.program, "image")
+        story.restore(server.program, image, *mode(how))
+        writer = Writer(server.port, 1)
+        demand(server.digest() == digest, "the digest differs after the restore")
+        writer.start()
+        saved = server.save_in_background()
+        story.wait_ready(server.program)
+        server.expected.update(writer.finish())
+        shutil.rmtree(image)
+        compared = server.demand_own_writes()
+        story.say(f"{compared} own writes compared, BGSAVE of {saved >> 20} MiB")
+        story.demand_no_agent()
+        after = footprint(server.program.pid)
+        demand(after.threads == before.threads and after.children == [] and after.tracer == "0",
+               f"threads, children or tracer differ: {after[:4]}")
+        kill(server.program)
+    return story
+
+
+def redis_lazy(story):
+    redis("lazy")(story)
+
+
+def redis_eager(story):
+    redis("eager")(story)
+
+
+def jvm(how):
+    def story(story):
+        program = java.start(story, "-XX:+UseG1GC")
+        for name in ("first", "second"):
+            image = story.dump(program, name)
+            story.restore(program, image, *mode(how))
+            program.await_progress("works after the restore", amount=2000)
+            story.wait_ready(program)
+            shutil.rmtree(image)
+            program.await_progress("works without the image", amount=20_000)
+            story.demand_no_agent()
+        java.end(program)
+    return story
+
+
+def jvm_lazy(story):
+    jvm("lazy")(story)
+
+
+def jvm_eager(story):
+    jvm("eager")(story)
+
+
+# Endings.
+
+def eager_restore_killed(story):
+    """kill -9 of the command while it fills the memory, and of criu before: nothing is left half running."""
+    churn = story.start("churn", *LITTLE)
+    image = story.dump(churn, "image")
+    churn.popen = None
+    outcome = story.unmoor("restore", "-D", image, "-d", *mode("eager"), expect=None,
+                           environment={"UNMOOR_FAULT": "fill.piece:kill@2"})
+    if outcome.code == 0:
+        raise Skip("built without fault points")
+    demand(outcome.code == -signal.SIGKILL, f"it was killed: {outcome}")
+    demand_nothing_left(story, churn, "after a kill -9 of the command")
+    outcome = story.unmoor("restore", "-D", image, "-d", *mode("eager"), expect=1,
+                           environment={"UNMOOR_FAULT": "fill.piece:error@2"})
+    demand("nothing was restored" in outcome.err, f"it says what became of it: {outcome}")
+    demand_nothing_left(story, churn, "after an error")
+    story.restore(churn, image, *mode("eager"))
+    churn.await_sweep()
+    churn.end()
+
+
+def criu_killed(story):
+    """Under each mode: nothing of the program is left, the image is good."""
+    churn = story.start("churn", *LITTLE)
+    image = story.dump(churn, "image")
+    for how in MODES:
+        restore = story.popen([UNMOOR, "restore", "-D", image, "-d", *mode(how)])
+
+        def criu():
+            found = [pid for pid in story.marked("criu")]
+            return found or restore.poll() is not None
+        found = poll(criu, "criu runs", interval=0)
+        for pid in found if found is not True else []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if restore.wait(60) == 0:
+            story.say(f"{how}: killed too late")
+            kill(churn)
+        demand_nothing_left(story, churn, how)
+    churn.popen = None
+    story.restore(churn, image)
+    story.wait_ready(churn)
+    churn.await_sweep()
+    churn.end()
+
+
+def damaged_eager(story):
+    """A flipped bit and a short file: nothing runs, and the message says where and whose it is."""
+    churn = story.start("churn", "--threads", 1, "--mib", 32)
+    image = story.dump(churn, "image")
+    folder = os.path.join(image, "layers")
+    path, = (os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".pages"))
+    size = os.path.getsize(path)
+    with open(path, "r+b") as file:
+        at = file.seek(0, os.SEEK_DATA) + (1 << 20)
+        at = file.seek(at, os.SEEK_DATA)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    outcome = story.unmoor("restore", "-D", image, "-d", *mode("eager"), expect=None)
+    demand(outcome.code in (1, 2) and "nothing was restored" in outcome.err, f"refused: {outcome}")
+    told = re.search(r"(\S+\.pages): the \d+ bytes at offset (\d+) .*task (\d+) \(churn\) has this at 0x", outcome.err)
+    demand(told and told[1] == path and int(told[2]) <= at < int(told[2]) + (64 << 10) and
+           int(told[3]) == churn.pid, f"file, offset, task and address are told: {outcome}")
+    demand_nothing_left(story, churn, "damaged")
+    with open(path, "r+b") as file:
+        file.truncate(size - (2 << 20))
+    for how in MODES:
+        outcome = story.unmoor("restore", "-D", image, "-d", *mode(how), expect=None)
+        demand(outcome.code in (1, 2) and path in outcome.err, f"{how}: truncated, refused: {outcome}")
+        demand_nothing_left(story, churn, "truncated")
+
+
+# Limits.
+
+@contextlib.contextmanager
+def limited_group(mib):
+    """A memory control group with a limit, as its directory."""
+    with open("/proc/self/mountinfo") as file:
+        mounts = [line.split() for line in file]
+    for mount in mounts:
+        kind, options = mount[mount.index("-") + 1], mount[-1]
+        unified = kind == "cgroup2"
+        if unified or (kind == "cgroup" and "memory" in options.split(",")):
+            folder = os.path.join(mount[4], f"unmoor-story-{os.getpid()}")
+            limit = os.path.join(folder, "memory.max" if unified else "memory.limit_in_bytes")
+            try:
+                os.mkdir(folder)
+            except OSError:
+                continue
+            try:
+                if not os.path.exists(limit):
+                    continue
+                with open(limit, "w") as file:
+                    file.write(str(mib << 20))
+                yield folder, limit
+                return
+            finally:
+                def emptied():
+                    with contextlib.suppress(OSError):
+                        os.rmdir(folder)
+                    return not os.path.exists(folder)
+                poll(emptied, f"{folder} to be empty", 20)
+    raise Skip("no memory control group can be made here")
+
+
+def enter(folder):
+    with open(os.path.join(folder, "cgroup.procs"), "w") as file:
+        file.write(str(os.getpid()))
+
+
+def memory_limit(story):
+    """A program that does not fit its control group is not killed: eager says so before it runs, the others
+    go on as they are, LATER with the reason, and finish once there is room."""
+    churn = story.start("churn", "--threads", 1, "--mib", 160, "--rate", 50, "--sweep-ms", 100000000)
+    image = story.dump(churn, "image")
+    with limited_group(96) as (folder, limit):
+        def restore(how, expect):
+            return story.unmoor("restore", "-D", image, "-d", *mode(how), expect=expect,
+                                preexec_fn=lambda: enter(folder))
+        outcome = restore("eager", 1)
+        demand("of memory to spare" in outcome.err and "nothing was restored" in outcome.err,
+               f"the reason is told: {outcome}")
+        demand_nothing_left(story, churn, "no memory")
+        for how in ("direct", "lazy"):
+            with open(limit, "w") as file:
+                file.write(str(96 << 20))
+            restore(how, 0)
+            churn.popen = None
+            later = poll(lambda: re.search("of memory", (outcome := story.status(churn)).out) and outcome,
+                         "the reason to be told", 30)
+            demand(later.code == LATER, f"LATER with the reason: {later}")
+            demand(is_alive(churn.pid), "the program lives")
+            with open(limit, "w") as file:
+                file.write(str(512 << 20))
+            story.wait_ready(churn)
+            churn.end()
+            churn.await_gone()
+            story.demand_no_agent()
+
+
+def address_space_limit(story):
+    """RLIMIT_AS leaves no room for a mirror; lazy and eager need none. No program ends of it."""
+    churn = story.start("churn", *LITTLE)
+    with open(f"/proc/{churn.pid}/statm") as file:
+        pages = int(file.read().split()[0])
+    limit = pages * 4096 + (4 << 20)
+    resource.prlimit(churn.pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    image = story.dump(churn, "image")
+    for how in MODES:
+        story.restore(churn, image, *mode(how))
+        if how == "direct":
+            later = poll(lambda: re.search("staging|address space", (outcome := story.status(churn)).out) and outcome,
+                         "the reason to be told", 30)
+            demand(later.code == LATER, f"LATER with the reason: {later}")
+            resource.prlimit(churn.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        story.wait_ready(churn)
+        churn.await_sweep()
+        story.demand_no_agent()
+        kill(churn)
+
+
+def locked_memory(story):
+    """mlockall: the memory is there and locked again, whatever the mode."""
+    churn = story.start("churn", *LITTLE, "--lock")
+    before = footprint(churn.pid)
+    locked = int(re.search(r"VmLck:\s+(\d+)", open(f"/proc/{churn.pid}/status").read())[1])
+    image = story.dump(churn, "image")
+    for how in MODES:
+        story.restore(churn, image, *mode(how))
+        story.wait_ready(churn)
+        churn.await_sweep()
+        story.demand_no_agent()
+        now = int(re.search(r"VmLck:\s+(\d+)", open(f"/proc/{churn.pid}/status").read())[1])
+        demand(now == locked, f"{how}: {now} kB are locked, it was {locked}")
+        story.demand_untouched(churn, before)
+        kill(churn)
+
+
+def swapped_out(story):
+    """Memory that is in swap when it is dumped, and again while its restore goes on."""
+    with open("/proc/swaps") as file:
+        if len(file.read().splitlines()) < 2:
+            raise Skip("this machine has no swap")
+    churn = story.start("churn", "--threads", 1, "--mib", 64, "--rate", 50, "--sweep-ms", 100000000)
+
+    def page_out():
+        subprocess.run(["sh", "-c", f"echo 1 > /proc/{churn.pid}/reclaim"], stderr=subprocess.DEVNULL)
+    page_out()
+    image = story.dump(churn, "image")
+    for how in MODES:
+        story.restore(churn, image, *mode(how))
+        page_out()
+        story.wait_ready(churn)
+        story.demand_no_agent()
+        last = how == MODES[-1]
+        churn.end() if last else kill(churn)
+
+
+# Storage.
+
+def restored_in_each_mode(story, churn, image):
+    for how in MODES:
+        story.restore(churn, image, *mode(how))
+        churn.await_progress(f"works ({how})")
+        story.wait_ready(churn)
+        churn.await_sweep()
+        story.demand_no_agent()
+        kill(churn)
+
+
+def on_tmpfs(story):
+    folder = story.mount_tmpfs("memory", 256)
+    churn = story.start("churn", *LITTLE)
+    image = story.dump(churn, os.path.join(folder, "image"))
+    restored_in_each_mode(story, churn, image)
+
+
+def on_overlay(story):
+    """The image in the lower layer of an overlay, as in a container's image; another in its upper."""
+    base = story.mount_tmpfs("base", 256)
+    lower, upper, work, merged = (os.path.join(base, name) for name in ("lower", "upper", "work", "merged"))
+    for folder in (lower, upper, work, merged):
+        os.mkdir(folder)
+    churn = story.start("churn", *LITTLE)
+    story.dump(churn, os.path.join(lower, "image"))
+    if subprocess.run(["mount", "-t", "overlay", "overlay", "-o",
+                       f"lowerdir={lower},upperdir={upper},workdir={work}", merged],
+                      stderr=subprocess.DEVNULL).returncode != 0:
+        raise Skip("cannot mount an overlay here")
+    story.mounts.append(merged)
+    restored_in_each_mode(story, churn, os.path.join(merged, "image"))
+
+
+if __name__ == "__main__":
+    main({f.__name__: f for f in (
+        churn_eager, huge_pages_eager, tree_eager, zoo_lazy, redis_lazy, redis_eager, jvm_lazy, jvm_eager,
+        eager_restore_killed, criu_killed, damaged_eager, memory_limit, address_space_limit, locked_memory,
+        swapped_out, on_tmpfs, on_overlay)})
