@@ -1,14 +1,13 @@
 // See index_format.h. Offsets of fields are those of docs/format.md.
 #include "image/index_format.h"
 
-#include <xxhash.h>
-
 #include <array>
 #include <cerrno>
 #include <cstring>
 #include <map>
 
 #include "base/little_endian.h"
+#include "image/block_hash.h"
 
 namespace unmoor::index_format {
 namespace {
@@ -175,7 +174,7 @@ std::string GetId(std::span<const std::byte> bytes, size_t at) {
 }
 
 uint64_t Checksum(std::span<const std::byte> bytes) {
-  return XXH3_64bits(bytes.data(), bytes.size());
+  return HashOf(bytes);
 }
 
 std::vector<std::byte> EncodeHeader(Header& header) {

@@ -1,12 +1,11 @@
 // See index_writer.h.
 #include "image/index_writer.h"
 
-#include <xxhash.h>
-
 #include <span>
 #include <vector>
 
 #include "base/fault_point.h"
+#include "image/block_hash.h"
 #include "image/index_format.h"
 #include "image/layout.h"
 #include "os/file.h"
@@ -22,7 +21,7 @@ Result<std::vector<uint64_t>> HashBlocks(int fd, const std::string& path,
   index_format::ForEachDataBlock(segments, [&](uint64_t number) {
     if (!read) return;
     read = ReadExactlyAt(fd, block, FileOffset(number * kBlockSize), path);
-    hashes.push_back(XXH3_64bits(block.data(), block.size()));
+    hashes.push_back(HashOf(block));
   });
   UNMOOR_TRY(read);
   return hashes;
