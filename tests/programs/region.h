@@ -72,6 +72,13 @@ class Region {
   void CheckRange(size_t begin, size_t end, const char* when) const {
     for (size_t i = begin; i < end; ++i) Check(i, when);
   }
+  // After MADV_FREE, until it is written. The kernel may free the page while it is looked at, and
+  // then it stays zero: so whether it is zero is asked last.
+  void CheckUnlessFreed(size_t i, const char* when) const {
+    const uint64_t* page = Page(i);
+    if (pages::Holds(page, first_ + i, Sequence(i)) && !ExpectedZero(i)) return;
+    if (!pages::IsZero(page)) FailOn(i, page, when);
+  }
 
   // For a forked child, whose ledger the parent goes on changing: the page must be whole, or zero.
   // Returns the sequence number it shows.

@@ -84,9 +84,7 @@ void MadvFree(Context& context) {
     Count(context.state.hazards.madv_free_refused);
     return;
   }
-  for (size_t i = range.begin; i < range.end; ++i) {
-    if (!pages::IsZero(region.Page(i))) region.Check(i, "after MADV_FREE");
-  }
+  for (size_t i = range.begin; i < range.end; ++i) region.CheckUnlessFreed(i, "after MADV_FREE");
   region.WriteRange(range.begin, range.end);
   region.CheckRange(range.begin, range.end, "written after MADV_FREE");
   CheckAround(region, range, "beside MADV_FREE");
