@@ -13,7 +13,7 @@ import time
 from harness import (LATER, READY, UNMOOR, children, demand, differences, footprint, is_alive, main, poll,
                      read_proc, state, tree_bytes)
 
-BIG = ("--threads", 2, "--mib", 768, "--sweep-ms", 1000)
+BIG = ("--threads", 2, "--mib", 384, "--sweep-ms", 500)
 
 
 def parent_of(pid):

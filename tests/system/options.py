@@ -153,14 +153,14 @@ def own_bench(story):
 # What docs/cli.md promises a program that reads the output.
 STATUS = {"pid": int, "status": str, "reason": str, "direct_mapped_bytes": int, "direct_mapped_data_bytes": int,
           "images": list}
-PROGRESS = {"total_bytes": int, "done_bytes": int, "dropped_bytes": int, "windows": int, "longest_pause_ns": int,
-            "elapsed_ns": int, "bytes_per_second": (int, float)}
+PROGRESS = {"total_bytes": int, "done_bytes": int, "dropped_bytes": int, "windows": int, "guarded_windows": int,
+            "aborted_windows": int, "longest_pause_ns": int, "elapsed_ns": int, "bytes_per_second": (int, float)}
 DUMP = {"directory": str, "checkpoint_id": str, "tasks": int, "vmas": int, "mapped_bytes": int, "layer_bytes": int,
         "written_bytes": int, "criu_bytes": int, "allocated_bytes": int, "remapped_first": bool, "frozen_ns": int,
         "elapsed_ns": int}
 RESTORE = {"pid": int, "tasks": list, "agent": int, "mapped_bytes": int, "layer_bytes": int, "loaded_bytes": int,
            "mappings": int, "criu_ns": int, "elapsed_ns": int}
-REMAP = PROGRESS | {"guarded_windows": int, "aborted_windows": int, "ready": bool}
+REMAP = PROGRESS | {"ready": bool}
 
 
 def has(object, members, what):

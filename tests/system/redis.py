@@ -16,7 +16,7 @@ import time
 from harness import (Program, children, demand, footprint, free_port, is_alive, main, need_program,
                      poll)
 
-KEYS = 500_000
+KEYS = 200_000  # about 190 MB
 VALUE_BYTES = 800
 
 
@@ -245,6 +245,12 @@ def three_generations(story):
     redis.program.await_gone()
 
 
+def three_generations_of_500_mb(story):
+    global KEYS
+    KEYS = 500_000
+    three_generations(story)
+
+
 def reads_are_right_while_direct_mapped(story):
     """No remap: redis works on its page image, frees memory (DONTNEED by jemalloc) and takes it again."""
     redis = Redis(story)
@@ -272,4 +278,4 @@ def reads_are_right_while_direct_mapped(story):
 
 
 if __name__ == "__main__":
-    main({f.__name__: f for f in (three_generations, reads_are_right_while_direct_mapped)})
+    main({f.__name__: f for f in (three_generations, three_generations_of_500_mb, reads_are_right_while_direct_mapped)})

@@ -41,7 +41,7 @@ class Tree:
 
 
 def generations(story):
-    tree = Tree(story, "--mib", 128)
+    tree = Tree(story, "--mib", 48)
     before = [footprint(member.pid) for member in tree.members]
     previous = None
     for name in ("first", "second"):

@@ -59,7 +59,7 @@ void AddUffd(std::vector<Item>& items, const KernelFeatures& kernel) {
       UffdItem(kernel, "WP_ASYNC", UffdFeature::kWpAsync, true,
                "no mapping can be watched: it is the only mode private file mappings have", "6.7"));
   items.push_back(UffdItem(kernel, "MOVE", UffdFeature::kMove, false,
-                           "the remap is slower (about 3 to 10 GB/s instead of 12) or without huge "
+                           "the remap is slower or without huge "
                            "pages",
                            "6.8"));
 }

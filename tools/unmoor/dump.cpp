@@ -33,10 +33,10 @@ struct DumpArguments {
 };
 
 constexpr char kFooter[] =
-    "\nWhile it is written the program is frozen; then it is ended, or runs on with -R. If "
-    "anything\n"
-    "fails it runs on as if nothing had happened, and DIR stays as it was. A DIR that holds a\n"
-    "checkpoint is replaced only once the new one is complete.\n"
+    "\nThe program is frozen while its pages are read (with --pre-dump: while what changed last is);\n"
+    "then it is ended, or runs on with -R, while the rest is written. If anything fails it runs on\n"
+    "as if nothing had happened, and DIR stays as it was. A DIR that holds a checkpoint is replaced\n"
+    "only once the new one is complete.\n"
     "\nExamples:\n"
     "  unmoor dump -t 4711 -D /var/tmp/image\n"
     "  unmoor dump -t $(pidof redis-server) -D /var/tmp/image -R -- --tcp-established\n"

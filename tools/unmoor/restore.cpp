@@ -38,7 +38,8 @@ struct RestoreArguments {
 
 constexpr char kFooter[] =
     "\nThe program's memory is mapped from the image, so it runs at once; in the background it is\n"
-    "then made independent of the image (unmoor status -t PID). DIR must stay until it is READY.\n"
+    "then made independent of the image (unmoor status -t PID). Until it is READY\n"
+    "no file in DIR may be changed; DIR may be moved or removed.\n"
     "\n  --mode direct      run at once, remap in the background (default)\n"
     "  --mode lazy        run at once, bring pages when they are touched, and in the background\n"
     "  --mode eager       bring all of its memory first, then run; READY at once\n"

@@ -19,7 +19,8 @@ struct StatusArguments {
 };
 
 constexpr char kStatusFooter[] =
-    "\nREADY  nothing maps an image any more: it may be dumped, the image may be deleted\n"
+    "\nREADY  nothing maps an image any more (layers/*.pages, pages-N.img): it may be dumped, the\n"
+    "       image may be deleted\n"
     "LATER  it still maps an image; wait, or run 'unmoor remap -t PID'\n"
     "NEVER  it cannot be checkpointed at all; the reason follows\n"
     "\nExamples:\n"
@@ -61,6 +62,8 @@ int PrintStatus(Pid pid, const ProcessStatus& status, bool json) {
                             {"done_bytes", progress.done.value},
                             {"dropped_bytes", progress.dropped.value},
                             {"windows", progress.windows},
+                            {"guarded_windows", progress.guarded},
+                            {"aborted_windows", progress.aborted},
                             {"longest_pause_ns", progress.longest_pause.value},
                             {"elapsed_ns", progress.elapsed.value},
                             {"bytes_per_second", progress.copy_rate}};
