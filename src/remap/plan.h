@@ -65,6 +65,8 @@ class Pacer {
   [[nodiscard]] Bytes batch_size() const { return size_; }
   // Pages written meanwhile that may still be copied within the pause.
   [[nodiscard]] PageCount dirty_limit() const;
+  // What the program copied on write of a batch, and its swap frees.
+  [[nodiscard]] Bytes freed_limit() const;
   void Swapped(Nanos pause);
   void TooDirty();
 

@@ -8,11 +8,10 @@ namespace unmoor {
 namespace {
 
 constexpr Bytes kFirstBatch(uint64_t{16} << 20);
-// Swapping frees the pages it replaces; a batch the program has copied on write throughout must still
-// fit, although the ones before it were clean and cheap.
 constexpr Bytes kLargestBatch(uint64_t{32} << 20);
 constexpr Bytes kCopyChunk(uint64_t{8} << 20);   // between two looks at the program's events
-constexpr Bytes kWholeArea(uint64_t{64} << 20);  // never swapped in parts unless it is too hot
+constexpr Bytes kWholeArea(uint64_t{64} << 20);  // never swapped in parts unless it is too hot, or
+constexpr uint64_t kWholeAreaFrees = 4;          // frees so many times what a batch may
 constexpr Bytes kPieceSpan(uint64_t{4} << 30);   // address space swapped at once
 constexpr size_t kPiecesPerBatch = 16;
 constexpr int kRefreshRounds = 4;
@@ -97,19 +96,43 @@ std::vector<Piece> Remapper::TakeBatch() {
   return batch;
 }
 
-Result<Remapper::Next> Remapper::CopyBatch(std::span<const Piece> batch) {
-  for (const Piece& piece : batch) {
-    UNMOOR_ASSIGN(const Next next, CopyPiece(piece));
+Result<Remapper::Next> Remapper::CopyBatch(std::vector<Piece>& batch) {
+  Bytes freed;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    // The baseline first: whatever is written from here on shows in the recheck.
+    UNMOOR_ASSIGN(const std::vector<VaddrRange> ranges, carrier_.OwnPages(batch[i].range, false));
+    RangeSet own;
+    for (const VaddrRange range : ranges) own.Insert(range);
+    const auto cut = WhereTooMuchIsFreed(batch[i], own, i == 0, freed);
+    if (cut) {
+      GiveBack(std::span(batch).subspan(i + 1));
+      const Piece rest{batch[i].area, {*cut, batch[i].range.end}};
+      GiveBack(std::span(&rest, 1));
+      batch[i].range.end = *cut;
+      batch.resize(batch[i].range.empty() ? i : i + 1);
+      if (batch.size() == i) break;
+    }
+    UNMOOR_ASSIGN(const Next next, CopyPiece(batch[i], own));
     if (next == Next::kReplan) return next;
   }
   return Next::kContinue;
 }
 
-Result<Remapper::Next> Remapper::CopyPiece(const Piece& piece) {
-  // The baseline first: whatever is written from here on shows in the recheck.
-  UNMOOR_ASSIGN(const std::vector<VaddrRange> own_ranges, carrier_.OwnPages(piece.range, false));
-  RangeSet own;
-  for (const VaddrRange range : own_ranges) own.Insert(range);
+// Swapping frees the pages it replaces, while everybody waits. `freed`: by the pieces before; the
+// first block of a batch is never too much.
+std::optional<Vaddr> Remapper::WhereTooMuchIsFreed(const Piece& piece, const RangeSet& own,
+                                                   bool is_first, Bytes& freed) const {
+  const bool whole = is_first && areas_[piece.area].area.range == piece.range;
+  const Bytes most(pacer_.freed_limit().value * (whole ? kWholeAreaFrees : 1));
+  for (const VaddrRange block : CutIntoBlocks(piece.range)) {
+    freed += own.SizeWithin(block);
+    const bool may_stay = is_first && block.begin == piece.range.begin;
+    if (freed > most && !may_stay) return block.begin;
+  }
+  return std::nullopt;
+}
+
+Result<Remapper::Next> Remapper::CopyPiece(const Piece& piece, const RangeSet& own) {
   std::vector<CopyStep> steps;
   Bytes size;
   const auto flush = [&]() -> Result<bool> {
@@ -147,14 +170,17 @@ Result<Remapper::Next> Remapper::SwapBatch(std::vector<Piece> batch) {
   Nanos backoff(200'000);
   for (;;) {
     PageCount last(~uint64_t{0});
+    PageCount freed;  // what was written since it was copied, by the swap
     for (int round = 0; round < kRefreshRounds; ++round) {
       UNMOOR_ASSIGN(const PageCount written, RefreshBatch(batch));
+      freed = std::max(freed, written);
       const bool settled = written.value * 4 <= pacer_.dirty_limit().value;
       if (settled || written.value * 4 > last.value * 3) break;  // no longer shrinking
       last = written;
     }
     UNMOOR_ASSIGN(const bool changed, carrier_.HandleEvents());
     if (changed) return Next::kReplan;
+    if (freed.value * kPageSize > pacer_.freed_limit().value && KeepHalf(batch)) continue;
     UNMOOR_ASSIGN(const SwapOutcome outcome, carrier_.Swap(batch, pacer_.dirty_limit()));
     counts_.longest_pause = std::max(counts_.longest_pause, outcome.pause);
     if (outcome.result == SwapResult::kSwapped) {
@@ -167,19 +193,7 @@ Result<Remapper::Next> Remapper::SwapBatch(std::vector<Piece> batch) {
     if (outcome.result == SwapResult::kStale) return Next::kReplan;
     if (outcome.result == SwapResult::kTooDirty) {
       pacer_.TooDirty();
-      const bool single = batch.size() == 1 && CutIntoBlocks(batch[0].range).size() == 1;
-      if (!single) {
-        // Keep the first half; the rest is copied anew when its turn comes.
-        if (batch.size() > 1) {
-          GiveBack(std::span(batch).subspan(batch.size() / 2));
-          batch.resize(batch.size() / 2);
-        } else {
-          const auto blocks = CutIntoBlocks(batch[0].range);
-          const Piece rest{batch[0].area, {blocks[blocks.size() / 2].begin, batch[0].range.end}};
-          GiveBack(std::span(&rest, 1));
-          batch[0].range.end = rest.range.begin;
-        }
-      }
+      (void)KeepHalf(batch);
       continue;
     }
     carrier_.Pause(backoff);
@@ -187,6 +201,21 @@ Result<Remapper::Next> Remapper::SwapBatch(std::vector<Piece> batch) {
     UNMOOR_ASSIGN(const bool changed_now, carrier_.HandleEvents());
     if (changed_now) return Next::kReplan;
   }
+}
+
+// The rest is copied anew when its turn comes. False where a single block is left.
+bool Remapper::KeepHalf(std::vector<Piece>& batch) {
+  if (batch.size() > 1) {
+    GiveBack(std::span(batch).subspan(batch.size() / 2));
+    batch.resize(batch.size() / 2);
+    return true;
+  }
+  const auto blocks = CutIntoBlocks(batch[0].range);
+  if (blocks.size() == 1) return false;
+  const Piece rest{batch[0].area, {blocks[blocks.size() / 2].begin, batch[0].range.end}};
+  GiveBack(std::span(&rest, 1));
+  batch[0].range.end = rest.range.begin;
+  return true;
 }
 
 void Remapper::GiveBack(std::span<const Piece> pieces) {

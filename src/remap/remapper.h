@@ -14,6 +14,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -98,10 +99,14 @@ class Remapper {
   enum class Next { kContinue, kReplan };
   [[nodiscard]] Result<bool> RunPlan(const std::function<void(const RemapCounts&)>& progress);
   [[nodiscard]] std::vector<Piece> TakeBatch();
-  [[nodiscard]] Result<Next> CopyBatch(std::span<const Piece> batch);
-  [[nodiscard]] Result<Next> CopyPiece(const Piece& piece);
+  // Shortens the batch where its swap would take too long.
+  [[nodiscard]] Result<Next> CopyBatch(std::vector<Piece>& batch);
+  [[nodiscard]] std::optional<Vaddr> WhereTooMuchIsFreed(const Piece& piece, const RangeSet& own,
+                                                         bool is_first, Bytes& freed) const;
+  [[nodiscard]] Result<Next> CopyPiece(const Piece& piece, const RangeSet& own);
   [[nodiscard]] Result<PageCount> RefreshBatch(std::span<const Piece> batch);
   [[nodiscard]] Result<Next> SwapBatch(std::vector<Piece> batch);
+  [[nodiscard]] bool KeepHalf(std::vector<Piece>& batch);
   void GiveBack(std::span<const Piece> pieces);
   void CountSwapped(std::span<const Piece> pieces);
 
