@@ -116,7 +116,7 @@ def already_traced(story):
 def ourselves(story):
     """The command's own ancestor would freeze the command."""
     outcome = story.unmoor("dump", "-t", os.getpid(), "-D", story.path("image"), expect=USER_MISTAKE)
-    demand(outcome.err.strip(), f"something is said: {outcome}")
+    one_line(outcome, str(os.getpid()), ("started this command", "ancestor", "itself"))
 
 
 def of_another_user(story):
@@ -157,6 +157,9 @@ def directory_missing(story):
         folder = story.path("nowhere")
         one_line(story.unmoor(command[0], "-D", folder, *command[1:], expect=USER_MISTAKE), folder,
                  ("no such", "not exist", "missing"))
+    with Churn(story) as churn:
+        folder = story.path("nowhere/image")
+        one_line(story.unmoor("dump", "-t", churn.pid, "-D", folder, expect=None), "nowhere", ("no such", "not exist", "missing"))
 
 
 def directory_empty_or_foreign(story):
@@ -331,7 +334,7 @@ def pid_taken(story):
         story.unmoor("dump", "-t", churn.pid, "-D", image, "-R")
         outcome = story.unmoor("restore", "-D", image, "-d", expect=None)
         demand(outcome.code != 0, f"must fail: {outcome}")
-        demand(str(churn.pid) in outcome.err, f"the message names the pid: {outcome}")
+        one_line(outcome, str(churn.pid), ("in use", "taken", "exists"))
         demand(not story.agents(), "an agent runs although restore failed")
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 
 from harness import (LATER, READY, UNMOOR, children, demand, differences, footprint, is_alive, main, poll,
@@ -273,11 +274,16 @@ def interrupted_restore(story):
     churn = story.start("churn", *BIG)
     image = story.dump(churn, "image")
     for delay in (0.005, 0.02, 0.04, 0.06, 0.1):
-        restore = story.popen([UNMOOR, "restore", "-D", image, "-d"])
-        time.sleep(delay)
-        if restore.poll() is None:
-            os.killpg(restore.pid, signal.SIGINT)
-        code = restore.wait(60)
+        with tempfile.TemporaryFile("w+") as err:
+            restore = story.popen([UNMOOR, "restore", "-D", image, "-d"], stderr=err)
+            time.sleep(delay)
+            if restore.poll() is None:
+                os.killpg(restore.pid, signal.SIGINT)
+            code = restore.wait(60)
+            err.seek(0)
+            said = err.read().strip()
+        demand(code == 0 or not said or ("interrupted" in said and len(said.splitlines()) == 1),
+               f"exit code {code}: one line that says it was interrupted: {said!r}")
         # Either it came too late and the program runs, on its way to READY, or nothing is left.
         poll(lambda: state(churn.pid) not in ("T", "t"), f"nothing stays stopped (exit code {code})")
         if is_alive(churn.pid):
@@ -411,6 +417,7 @@ def disk_full_at_dump(story):
     small = story.mount_tmpfs("small", 64)
     outcome = story.unmoor("dump", "-t", churn.pid, "-D", os.path.join(small, "image"), expect=1)
     demand("space" in outcome.err.lower(), f"the message says what is short: {outcome}")
+    demand(small in outcome.err and len(outcome.err.strip().splitlines()) == 1, f"one line that says where: {outcome}")
     demand(not os.listdir(small), f"nothing is left on the full disk: {os.listdir(small)}")
     churn.await_sweep()
     story.demand_untouched(churn, before)

@@ -492,10 +492,14 @@ class Story:
     def wait_ready(self, program, timeout=120):
         outcome = self.unmoor("wait", "-t", program.pid, "--timeout", timeout, timeout=timeout + 10)
         self.say(f"ready after {outcome.seconds:.2f} s more")
+        self.count_windows(program)
+        return outcome
+
+    def count_windows(self, program):
+        """Of the remap that has just ended; see demand_guarded."""
         progress = self.unmoor("status", "-t", program.pid, "--json", expect=None).json().get("progress", {})
         self.windows += progress.get("windows", 0)
         self.guarded_windows += progress.get("guarded_windows", 0)
-        return outcome
 
     def status(self, program, expect=None):
         return self.unmoor("status", "-t", program.pid, expect=expect)

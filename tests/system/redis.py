@@ -224,6 +224,7 @@ def three_generations(story):
             poll(lambda: redis.is_saving() or saving.done(), "BGSAVE has forked")
             demand(not saving.done(), "BGSAVE is to go on during the remap")
             outcome = story.unmoor("remap", "-t", redis.program.pid)
+            story.count_windows(redis.program)
             saved = saving.result()
         written = writer.finish()
         redis.demand_untouched(values, written)
