@@ -264,6 +264,29 @@ TEST(RemapperPlans, WhatAPlanNamesTwiceIsSwappedOnce) {
   EXPECT_EQ(RunRemap(program, {}, [] {}, twice), "");
 }
 
+// The most that one window frees of `pages` pages which the program wrote throughout.
+uint64_t MostFreed(uint64_t pages) {
+  Program program(std::vector<uint64_t>(pages, 7000));
+  program.MapImage({kHigh, kHigh + pages}, 0);
+  for (uint64_t page = kHigh; page < kHigh + pages; ++page) {
+    EXPECT_EQ(program.Do(Make(Kind::kWrite, page, page + 1)), Program::Outcome::kDone);
+  }
+  uint64_t most = 0;
+  EXPECT_EQ(RunRemap(program, {}, [] {},
+                     [&](SimulatedCarrier& carrier) {
+                       carrier.swapped = [&](uint64_t own) { most = std::max(most, own); };
+                     }),
+            "");
+  return most;
+}
+
+// RunRemap asks for a millisecond. Areas this small are swapped whole, up to four times the limit.
+TEST(RemapperPace, AWindowFreesNoMoreThanThePauseAllows) {
+  constexpr uint64_t kPages = 4 * (1'000'000 / 1200);
+  EXPECT_LE(MostFreed(4096), kPages);
+  EXPECT_EQ(MostFreed(2048), 2048U);
+}
+
 // --- the model finds what it should
 // ---------------------------------------------------------------
 

@@ -225,9 +225,20 @@ Result<SwapOutcome> SimulatedCarrier::Swap(std::span<const Piece> pieces, PageCo
     }
   }
   if (faults_.no_guard) yield_();
+  uint64_t own = 0;
+  for (const Piece& piece : pieces) own += CountOwn(piece.range);
   for (const Piece& piece : pieces) SwapPiece(piece);
+  if (swapped) swapped(own);
   outcome.result = SwapResult::kSwapped;
   return outcome;
+}
+
+uint64_t SimulatedCarrier::CountOwn(VaddrRange range) const {
+  const PageRange pages = ToPageRange(range);
+  auto& all = program_.pages();
+  return static_cast<uint64_t>(
+      std::count_if(all.lower_bound(pages.begin), all.lower_bound(pages.end),
+                    [](const auto& entry) { return entry.second.own.has_value(); }));
 }
 
 // False when more was written than `limit`; what was copied until then stays copied.

@@ -28,6 +28,7 @@ class SimulatedCarrier final : public Carrier {
   // When set and true, a thread does not stop in time, or too much was written.
   std::function<bool()> refuses_to_stop;
   std::function<bool()> too_dirty;
+  std::function<void(uint64_t)> swapped;  // told how many of the program's own pages it replaced
   int plans_with_areas_twice = 0;  // as of a list of mappings torn between two reads
 
   Result<std::vector<PlannedArea>> Plan() override;
@@ -48,6 +49,7 @@ class SimulatedCarrier final : public Carrier {
   [[nodiscard]] bool IsAsPlanned(const Area& area, VaddrRange range);
   [[nodiscard]] bool CopyOwn(Mirror& mirror, VaddrRange range);
   bool Recheck(const Piece& piece, uint64_t& limit);
+  [[nodiscard]] uint64_t CountOwn(VaddrRange range) const;
   void SwapPiece(const Piece& piece);
   [[nodiscard]] bool GivesBackAgain() const;
   void HandleEventsStopped(bool& changed);
