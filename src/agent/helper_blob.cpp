@@ -571,27 +571,11 @@ long SetDeadline(Data& data, uint64_t nanoseconds) {
   return Syscall(__NR_timer_settime, data.timer, 0, Address(time), 0);
 }
 
-// What is copied while nobody is stopped is copied in such pieces, giving way after each: a thread
-// of the program that wants our core does not wait for the end of a slice, and of the tick in which
-// that is noticed.
-constexpr uint64_t kPiece = uint64_t{512} << 10;
-
-void GiveWay() {
-  Syscall(__NR_sched_yield);
-}
-
-long Copy(uint64_t dst, uint64_t src, uint64_t length, bool gives_way = false) {
-  const uint64_t most = gives_way ? kPiece : length;
-  for (uint64_t done = 0; done < length; done += most) {
-    const uint64_t part = length - done < most ? length - done : most;
-    // SAFETY: addresses planned by the worker; a fault is turned into EFAULT.
-    if (unmoor_copy(reinterpret_cast<void*>(dst + done), reinterpret_cast<const void*>(src + done),
-                    part) != 0) {
-      return -kEfault;
-    }
-    if (gives_way) GiveWay();
-  }
-  return 0;
+long Copy(uint64_t dst, uint64_t src, uint64_t length) {
+  // SAFETY: addresses planned by the worker; a fault is turned into EFAULT.
+  return unmoor_copy(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), length) == 0
+             ? 0
+             : -kEfault;
 }
 
 // An ioctl whose argument's fifth word is the number of bytes done (UFFDIO_COPY, UFFDIO_MOVE).
@@ -618,16 +602,14 @@ long Move(const uint64_t (&a)[7]) {
   return TransferIoctl(Word(a[0]), UFFDIO_COPY, a[1], a[2], a[3]);
 }
 
-long Pread(const uint64_t (&a)[7], bool gives_way) {
+long Pread(const uint64_t (&a)[7]) {
   for (uint64_t done = 0; done < a[2];) {
-    const uint64_t part = gives_way && a[2] - done > kPiece ? kPiece : a[2] - done;
     const long n =
-        Syscall(__NR_pread64, Word(a[0]), Word(a[1] + done), Word(part), Word(a[3] + done));
+        Syscall(__NR_pread64, Word(a[0]), Word(a[1] + done), Word(a[2] - done), Word(a[3] + done));
     if (n == -kEintr) continue;
     if (n < 0) return n;
     if (n == 0) return -kEnodata;
     done += static_cast<uint64_t>(n);
-    if (gives_way) GiveWay();
   }
   return 0;
 }
@@ -681,7 +663,6 @@ long Recheck(Data& data, const uint64_t (&a)[7], uint32_t& copied) {
 
 long RunOp(Data& data, Op& op, Reply& reply, int64_t& began) {
   auto& a = op.args;
-  const bool nobody_stands = began == 0 && data.held == 0;
   switch (op.kind) {
     case OpKind::kSyscall:
       return reply.result = Syscall(Word(a[0]), Word(a[1]), Word(a[2]), Word(a[3]), Word(a[4]),
@@ -691,9 +672,9 @@ long RunOp(Data& data, Op& op, Reply& reply, int64_t& began) {
     case OpKind::kMove:
       return Move(a);
     case OpKind::kCopy:
-      return Copy(a[0], a[1], a[2], nobody_stands);
+      return Copy(a[0], a[1], a[2]);
     case OpKind::kPread:
-      return Pread(a, nobody_stands);
+      return Pread(a);
     case OpKind::kFreeze: {
       const long result = Freeze(data, a, began);
       reply.stop_ns = Now() - began;
@@ -791,21 +772,14 @@ bool Serve(Data& data) {
          sizeof(reply);
 }
 
-// A slice about as long as what is copied in one go, so that giving way costs no more than the share
-// of a core that is ours anyway. Kernels before 6.12 know no slices of a thread.
-void ShortenSlice() {
-  struct {
-    uint32_t size, policy;
-    uint64_t flags;
-    int32_t nice;
-    uint32_t priority;
-    uint64_t runtime, deadline, period;
-  } attributes{};
-  constexpr uint64_t kSlice = 300'000;
-  attributes.size = sizeof(attributes);
-  attributes.nice = static_cast<int32_t>(20 - Syscall(__NR_getpriority, 0, 0));
-  attributes.runtime = kSlice;
-  Syscall(__NR_sched_setattr, 0, Address(&attributes), 0);
+// Where the scheduler shares between sessions first (autogroup), ours would get as much as all of
+// the program, and on a core that both use more, since the program's share is spread over all it
+// uses: its thread there would wait two ticks of three.
+void TakeLess() {
+  const long fd = Syscall(__NR_openat, -100 /*AT_FDCWD*/, Address("/proc/self/autogroup"), 1, 0);
+  if (fd < 0) return;
+  Syscall(__NR_write, fd, Address("5"), 1);
+  Syscall(__NR_close, fd);
 }
 
 void Isolate() {
@@ -819,13 +793,11 @@ void Isolate() {
   Syscall(__NR_rt_sigaction, 11, Address(&action), 0, sizeof(action.mask));
   Syscall(__NR_rt_sigaction, 7, Address(&action), 0, sizeof(action.mask));
   Syscall(__NR_close_range, 0, 0xffffffffL, 0);
-  // No session of its own: the scheduler would give that a share of its own (autogroup), and giving
-  // way would mean nothing to the program's threads.
-  Syscall(__NR_setpgid, 0, 0);
+  Syscall(__NR_setsid);
+  TakeLess();
   const uint64_t no_core[2] = {0, 0};
   Syscall(__NR_prlimit64, 0, 4 /*RLIMIT_CORE*/, Address(no_core), 0);
   Syscall(__NR_prctl, PR_SET_TIMERSLACK, 1);
-  ShortenSlice();
   char name[16] = {'u', 'n', 'm', 'o', 'o', 'r', '-', 'h', 'e', 'l', 'p', 'e', 'r', 0};
   Syscall(__NR_prctl, PR_SET_NAME, Address(name));
 }
