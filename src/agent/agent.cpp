@@ -29,7 +29,7 @@ Result<std::optional<RemapReport>> FollowAgent(
   for (;;) {
     UNMOOR_ASSIGN(const ProcessStatus status, QueryStatus(pid));
     if (progress && status.progress) progress(*status.progress);
-    if (status.status == Status::kNever) return MachineError("{}", status.reason);
+    if (status.status == Status::kNever) return UserError("{}", status.reason);
     if (status.status == Status::kReady) {
       return std::optional(status.progress.value_or(RemapReport{}));
     }
@@ -208,6 +208,8 @@ Result<RemapReport> RemapProcess(Pid pid, const AgentOptions& options,
       return MachineError("{}", message->text);
     }
     if (message->kind == AgentMessage::Kind::kProblem) {
+      const auto now = QueryStatus(pid);
+      if (now && now->status == Status::kNever) return UserError("{}", now->reason);
       return MachineError("{}; the agent stays and tries again", message->text);
     }
     if (message->kind == AgentMessage::Kind::kFinished) {

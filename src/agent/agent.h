@@ -44,6 +44,7 @@ struct AgentOptions {
   ThpPolicy thp = ThpPolicy::kAuto;
   bool remap = true;                 // false: keep anonymous semantics only (restore --remap off)
   Nanos child_delay{5'000'000'000};  // a forked child is remapped once it has lived this long
+  bool verify = true;                // hold what is copied of a layer against its hashes
   std::string log_file;              // where the detached agent logs; empty: nowhere
 };
 
@@ -57,6 +58,7 @@ struct RemapReport {
   uint64_t aborted = 0;  // windows given up (a thread would not stop, too much was written)
   Nanos longest_pause;   // first thread asked to stop until last thread released
   Nanos elapsed;
+  Bytes verified;        // of the bytes copied from layers, held against their hashes
   double copy_rate = 0;  // bytes a second, copying and swapping only
 };
 

@@ -124,8 +124,10 @@ Result<> HelperLink::SendOps(std::span<const Op> ops, std::span<const int> passe
   return sent;
 }
 
-Result<Reply> HelperLink::RunMessage(std::span<const Op> ops, std::span<const int> passed_fds) {
+Result<Reply> HelperLink::RunMessage(std::span<const Op> ops, std::span<const int> passed_fds,
+                                     const std::function<void()>& meanwhile) {
   UNMOOR_TRY(SendOps(ops, passed_fds));
+  if (meanwhile) meanwhile();
   // A helper can wait for ever only where the kernel makes it (seizing a thread whose process is in
   // exec waits for threads that only the helper could release). Its end resolves that.
   const bool stops = std::ranges::any_of(
@@ -166,12 +168,18 @@ Result<Reply> HelperLink::ReceiveReply() {
 }
 
 Result<Reply> HelperLink::Run(const OpList& list) {
+  return RunBeside(list, {});
+}
+
+Result<Reply> HelperLink::RunBeside(const OpList& list, const std::function<void()>& meanwhile) {
   std::span<const Op> rest = list.ops();
   Reply total{};
   do {
     const auto part = rest.first(std::min(rest.size(), helper::kMaxOps));
     rest = rest.subspan(part.size());
-    UNMOOR_ASSIGN(const Reply reply, RunMessage(part, {}));
+    const bool first = part.data() == list.ops().data();
+    UNMOOR_ASSIGN(const Reply reply,
+                  RunMessage(part, {}, first ? meanwhile : std::function<void()>()));
     const uint32_t done = total.done + reply.done;
     total = reply;
     total.done = done;

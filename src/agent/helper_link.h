@@ -58,6 +58,9 @@ class HelperLink {
 
   // Runs the list; lists longer than a message are cut, unless they hold a Freeze, which must fit.
   [[nodiscard]] Result<helper::Reply> Run(const OpList& list);
+  // As Run; `meanwhile` is called once the helper is at work.
+  [[nodiscard]] Result<helper::Reply> RunBeside(const OpList& list,
+                                                const std::function<void()>& meanwhile);
   // As Run; meanwhile `on_readable` is called whenever `fd` is readable.
   [[nodiscard]] Result<helper::Reply> RunReading(const OpList& list, int fd,
                                                  const std::function<Result<>()>& on_readable);
@@ -73,7 +76,8 @@ class HelperLink {
  private:
   [[nodiscard]] Result<> SendOps(std::span<const helper::Op> ops, std::span<const int> passed_fds);
   [[nodiscard]] Result<helper::Reply> RunMessage(std::span<const helper::Op> ops,
-                                                 std::span<const int> passed_fds);
+                                                 std::span<const int> passed_fds,
+                                                 const std::function<void()>& meanwhile = {});
   [[nodiscard]] Result<helper::Reply> ReceiveReply();
   [[nodiscard]] Result<helper::Reply> NoAnswer();
 

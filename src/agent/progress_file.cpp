@@ -25,6 +25,7 @@ json ToJson(const ProgressFile& p) {
           {"supervisor", p.supervisor.value},
           {"finished", p.finished},
           {"lazy", p.lazy},
+          {"never", p.never},
           {"problem", p.problem},
           {"total", r.total.value},
           {"done", r.done.value},
@@ -32,6 +33,7 @@ json ToJson(const ProgressFile& p) {
           {"windows", r.windows},
           {"guarded", r.guarded},
           {"aborted", r.aborted},
+          {"verified", r.verified.value},
           {"longest_pause_ns", r.longest_pause.value},
           {"elapsed_ns", r.elapsed.value},
           {"copy_rate", r.copy_rate}};
@@ -45,6 +47,7 @@ ProgressFile FromJson(const json& j) {
   p.supervisor = Pid{j.at("supervisor").get<int>()};
   p.finished = j.at("finished").get<bool>();
   p.lazy = j.value("lazy", false);  // older agents do not say
+  p.never = j.value("never", false);
   p.problem = j.at("problem").get<std::string>();
   p.report.total = Bytes(j.at("total").get<uint64_t>());
   p.report.done = Bytes(j.at("done").get<uint64_t>());
@@ -52,6 +55,7 @@ ProgressFile FromJson(const json& j) {
   p.report.windows = j.at("windows").get<uint64_t>();
   p.report.guarded = j.at("guarded").get<uint64_t>();
   p.report.aborted = j.at("aborted").get<uint64_t>();
+  p.report.verified = Bytes(j.value("verified", uint64_t{0}));
   p.report.longest_pause = Nanos(j.at("longest_pause_ns").get<int64_t>());
   p.report.elapsed = Nanos(j.at("elapsed_ns").get<int64_t>());
   p.report.copy_rate = j.at("copy_rate").get<double>();

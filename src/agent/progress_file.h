@@ -17,7 +17,8 @@ struct ProgressFile {
   bool finished = false;
   std::string problem;  // why the remap does not go on, if it does not
   RemapReport report;
-  bool lazy = false;  // its pages are brought one by one; nothing maps an image
+  bool never = false;  // the problem is for good: its image is damaged
+  bool lazy = false;   // its pages are brought one by one; nothing maps an image
 };
 
 [[nodiscard]] Result<> WriteProgress(const ProgressFile& progress);

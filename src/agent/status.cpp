@@ -109,7 +109,10 @@ Result<ProcessStatus> QueryStatus(Pid pid) {
     status.progress = progress->report;
     status.agent = AgentAtWork(*progress);
   }
-  if (status.direct_mapped.value != 0) {
+  if (status.direct_mapped.value != 0 && progress && progress->never) {
+    status.status = Status::kNever;
+    status.reason = progress->problem;
+  } else if (status.direct_mapped.value != 0) {
     status.status = Status::kLater;
     status.reason = LaterReason(status, progress);
   } else if (status.agent) {

@@ -133,11 +133,12 @@ class WorkerProcess {
   Result<> Work(Nanos first_moments) {
     worker_->StopWhen([this] { return IsAsideAsked(); });
     // The program's first moments, and the end of the command that restored it, come first.
-    if (first_moments.value > 0) UNMOOR_TRY(worker_->Watch(first_moments, RemapAsked));
+    const auto asked = [this] { return remap_asked_ || SignalSeen(); };
+    if (first_moments.value > 0) UNMOOR_TRY(worker_->Watch(first_moments, asked));
     if (task_.forked && options_.remap) {
-      UNMOOR_TRY(worker_->Watch(options_.child_delay, RemapAsked));
+      UNMOOR_TRY(worker_->Watch(options_.child_delay, asked));
     } else if (!options_.remap) {
-      UNMOOR_TRY(worker_->Watch(Nanos(-1), RemapAsked));
+      UNMOOR_TRY(worker_->Watch(Nanos(-1), asked));
     }
     UNMOOR_TRY(RemapWhenPossible());
     return worker_->End();
@@ -185,12 +186,14 @@ class WorkerProcess {
   // program is watched, so that its memory goes on behaving, and the remap is tried again.
   Result<> RemapWhenPossible() {
     for (;;) {
+      remap_asked_ = remap_asked_ || SignalSeen();
+      ForgetSignal();  // the next one asks for another try
       const auto done = worker_->Run();
       if (done || ProgramEnded()) return {};
       const int errnum = done.error().errnum();
       if (errnum == EPIPE || errnum == ECANCELED) return done;  // the helper died: begin again
       Post(MakeMessage(AgentMessage::Kind::kProblem, task_.task.pid, done.error().message()), -1);
-      UNMOOR_TRY(worker_->Watch(kRetry, RemapAsked));
+      UNMOOR_TRY(worker_->Watch(kRetry, SignalSeen));
       if (ProgramEnded()) return {};
     }
   }
@@ -211,7 +214,6 @@ class WorkerProcess {
   }
 
   void Post(const AgentMessage& message, int fd) { (void)PostMessage(socket_.get(), message, fd); }
-  static bool RemapAsked() { return SignalSeen(); }
 
   WorkerTask task_;
   AgentOptions options_;
@@ -221,6 +223,7 @@ class WorkerProcess {
   bool guarded_ = false;          // the program's memory is watched, by us or by the worker before
   std::optional<Worker> worker_;
   Nanos next_aside_look_;
+  bool remap_asked_ = false;
 };
 
 [[noreturn]] void WorkerMain(const WorkerTask& task, const AgentOptions& options, Fd socket,

@@ -51,6 +51,7 @@ Worker::Worker(Pid pid, const AgentOptions& options, OnFork on_fork, Legacy lega
 Result<> Worker::Identify() {
   UNMOOR_ASSIGN(const ProcessInfo process, ReadProcess(pid_));
   start_time_ = process.start_time;
+  name_ = process.name;
   UNMOOR_ASSIGN(const ProcessInfo own, ReadProcess(OwnPid()));
   nested_ = process.ns_pids.size() > own.ns_pids.size();
   UNMOOR_ASSIGN(pidfd_, OpenPidFd(pid_));
@@ -70,7 +71,10 @@ Result<bool> Worker::Begin(Fd old_uffd, bool inside) {
   const bool mapped = std::ranges::any_of(vmas, MapsPageImage);
   if (!mapped && leftovers.empty() && helpers.empty() && !inside) return false;
   UNMOOR_TRY(RepeatWhileBusy([this](Nanos stop_limit) { return StopAndInject(stop_limit); }));
-  SaveProgress("");
+  // What an earlier worker found damaged is so still.
+  const auto earlier = ReadProgress(pid_);
+  const bool never = mapped && earlier && earlier->never;
+  SaveProgress(never ? earlier->problem : "", never);
   return true;
 }
 
@@ -357,14 +361,29 @@ bool Worker::program_ended() const {
 Result<> Worker::Run() {
   const bool huge = MayUseHugePages(options_.thp);
   Remapper remapper(*this, options_.max_pause, huge);
-  const auto result = remapper.Run([&](const RemapCounts& counts) {
+  auto result = remapper.Run([&](const RemapCounts& counts) {
     counts_ = counts;
     if (MonotonicNow() - last_saved_ > kSaveInterval) SaveProgress("");
   });
-  counts_ = remapper.counts();
+  if (remapper.counts().total.value > 0) counts_ = remapper.counts();
+  if (result) result = DamageLeft();
   if (!result && (program_ended() || LeftAddressSpace())) return {};
-  if (!result && result.error().errnum() != ECANCELED) SaveProgress(result.error().message());
+  if (!result && result.error().errnum() != ECANCELED) {
+    SaveProgress(result.error().message(), result.error().errnum() == EBADMSG);
+  }
   return result;
+}
+
+// Of what could not be remapped because its image is damaged. It may have been given back since.
+Result<> Worker::DamageLeft() const {
+  if (refused_.empty()) return {};
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid_));
+  const bool left = std::ranges::any_of(vmas, [&](const VmaInfo& vma) {
+    return MapsPageImage(vma) && refused_.SizeWithin(vma.range).value > 0;
+  });
+  if (!left) return {};
+  const std::string more = refusals_ > 1 ? fmt::format(" (and {} more)", refusals_ - 1) : "";
+  return Failure(Error(ErrorKind::kUser, EBADMSG, damage_ + more));
 }
 
 // After an exec the helper is alone in the old address space: there is nothing left to remap.
@@ -399,6 +418,7 @@ RemapReport Worker::report() const {
   report.guarded = guard_.windows;
   report.aborted = counts_.aborted;
   report.longest_pause = std::max(counts_.longest_pause, longest_hold_);
+  report.verified = verified_;
   report.elapsed = MonotonicNow() - began_;
   if (report.elapsed.value > 0) {
     report.copy_rate =
@@ -407,11 +427,12 @@ RemapReport Worker::report() const {
   return report;
 }
 
-void Worker::SaveProgress(const std::string& problem) {
+void Worker::SaveProgress(const std::string& problem, bool never) {
   // Its id may be another process's by now, restored a moment ago and with an agent of its own.
   if (program_ended()) return;
   last_saved_ = MonotonicNow();
-  const ProgressFile progress{pid_, start_time_, OwnPid(), supervisor_, false, problem, report()};
+  ProgressFile progress{pid_, start_time_, OwnPid(), supervisor_, false, problem, report()};
+  progress.never = never;
   if (const auto saved = WriteProgress(progress); !saved) {
     spdlog::debug("{}", saved.error().message());
   }

@@ -25,6 +25,7 @@
 #include "agent/agent.h"
 #include "agent/guard.h"
 #include "agent/helper_link.h"
+#include "agent/layer_check.h"
 #include "agent/progress_file.h"
 #include "agent/put_back.h"
 #include "agent/vma_names.h"
@@ -107,6 +108,7 @@ class Worker final : public Carrier {
   struct ImageFile {
     Fd fd;
     int helper_fd = -1;
+    LayerCheck check;
   };
 
   struct MovedMemory {
@@ -133,6 +135,10 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<> RemoveTracesStopped();
   [[nodiscard]] Result<PlannedArea> PlanArea(Area area);
   [[nodiscard]] static Result<PlannedArea> PlanData(Area area, int file);
+  [[nodiscard]] Result<> RefuseLost(const PlannedArea& planned);
+  [[nodiscard]] Result<bool> ShowsImage(VaddrRange range) const;
+  void Refuse(const Area& area, const LayerCheck::Damage& damage);
+  [[nodiscard]] Result<> DamageLeft() const;
   [[nodiscard]] Result<> BeginPutBack(const ShownByLayer& shown, const VmaInfo& vma);
   [[nodiscard]] Result<> MapLayer(const Area& area, Vaddr base, int file);
   [[nodiscard]] Result<> PutBackArea(Pacer& pacer);
@@ -162,8 +168,10 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<> AddName(OpList& ops, VaddrRange range, const std::string& name) const;
   [[nodiscard]] Result<> TakeMemory(std::span<const CopyStep> steps);
   [[nodiscard]] Result<> CopySteps(size_t area, std::span<const CopyStep> steps);
+  [[nodiscard]] Result<> CheckSteps(const Area& area, LayerCheck& check,
+                                    std::span<const CopyStep> steps);
   [[nodiscard]] Result<> EnsureScratch();
-  [[nodiscard]] Result<> RunCopies(const OpList& ops);
+  [[nodiscard]] Result<> RunCopies(const OpList& ops, const std::function<void()>& meanwhile = {});
   void AddHugeBlock(OpList& ops, const Area& area, const Mirror& mirror, int file,
                     const CopyStep& step) const;
   void AddPages(OpList& ops, const Area& area, const Mirror& mirror, int file,
@@ -197,7 +205,7 @@ class Worker final : public Carrier {
   [[nodiscard]] bool IsForked(Pid child) const;
   [[nodiscard]] bool IsKnownImage(const VmaInfo& vma) const;
   [[nodiscard]] Result<> CheckNoPinnedMemory();
-  void SaveProgress(const std::string& problem);
+  void SaveProgress(const std::string& problem, bool never = false);
 
   Pid pid_;
   Pid supervisor_;
@@ -207,6 +215,7 @@ class Worker final : public Carrier {
   OnFork on_fork_;
   std::function<bool()> asked_;
   uint64_t start_time_ = 0;
+  std::string name_;
   bool nested_ = false;  // in a PID namespace below ours
   Nanos began_;
   Fd pidfd_;
@@ -234,6 +243,10 @@ class Worker final : public Carrier {
   std::vector<PlannedArea> areas_;
   RangeSet dropped_;
   std::vector<VaddrRange> unreplaced_;  // given back, with no mapping to spare for it
+  RangeSet refused_;   // damaged in the image: stays direct-mapped
+  std::string damage_;  // the first of it
+  size_t refusals_ = 0;
+  Bytes verified_;
   RangeSet touched_;  // by events since the baseline of the batch being put back
   // While an area is put back it is areas_[0].
   std::optional<Mirror> put_back_mirror_;  // not among mirrors_: it maps the layer

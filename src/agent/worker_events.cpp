@@ -253,6 +253,7 @@ void Worker::NoteEvent(UffdEvent& event, const ThreadCalls& calls, bool& changed
   if (event.kind == UffdEvent::Kind::kFork) FindForkedChild(std::move(event.child), calls);
   if (event.kind == UffdEvent::Kind::kUnmap || event.kind == UffdEvent::Kind::kRemap) {
     dropped_.Erase(event.range);
+    refused_.Erase(event.range);
     changed = true;
   }
 }
@@ -388,7 +389,7 @@ Result<> Worker::ConvertShortened(Vaddr end) {
   }
   UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid_));
   for (Area& area : FindAreas(vmas, MapsPageImage, dropped_)) {
-    if (area.range.end != end) continue;
+    if (area.range.end != end || refused_.SizeWithin(area.range).value > 0) continue;
     if (area.range.size() > kConvertAtOnce) {
       area.offset = area.OffsetOf(end - Bytes(kPageSize)).value;
       area.range.begin = end - Bytes(kPageSize);
@@ -460,6 +461,8 @@ Result<> Worker::ConvertSmallest() {
     return false;
   });
   std::vector<Area> areas = FindAreas(vmas, MapsPageImage, dropped_);
+  std::erase_if(areas,
+                [&](const Area& area) { return refused_.SizeWithin(area.range).value > 0; });
   const auto smallest = std::ranges::min_element(
       areas, {}, [](const Area& candidate) { return candidate.range.size(); });
   if (smallest == areas.end()) return {};

@@ -12,6 +12,7 @@
 #include <csignal>
 #include <cstddef>
 #include <cstdlib>
+#include <utility>
 
 #include "agent/page_image.h"
 #include "agent/worker_ops.h"
@@ -45,6 +46,7 @@ constexpr int kBusyBeforeHold = 2;             // with an event waiting
 constexpr int kBusyBeforeHoldInAnyCase = 10;
 constexpr int kPlansBeforeHold = 10;
 constexpr size_t kUnusedMirrors = 64;
+constexpr size_t kRefusals = 64;  // damaged pieces of memory, each a mapping of its own
 constexpr Nanos kSwapDeadline(250'000'000);
 constexpr uint64_t kAdviceCollapse = 25;  // MADV_COLLAPSE, from 6.1
 constexpr uint64_t kNoAdvice = ~0U;       // what an older kernel takes it for
@@ -54,6 +56,23 @@ constexpr uint64_t kHighestOwned = uint64_t{1} << 46;
 
 uint64_t ToDevice(uint32_t major, uint32_t minor) {
   return uint64_t{major} << 32 | minor;
+}
+
+Area Cut(const Area& area, VaddrRange part) {
+  Area cut = area;
+  cut.offset = area.OffsetOf(part.begin).value;
+  cut.range = part;
+  return cut;
+}
+
+// What of `area` shows `file`, which may lie beyond it on either side.
+VaddrRange AddressesOf(const Area& area, FileRange file) {
+  const auto at = [&](FileOffset offset) {
+    const auto distance = static_cast<int64_t>(offset.value - area.offset);
+    const auto size = static_cast<int64_t>(area.range.size().value);
+    return area.range.begin + Bytes(static_cast<uint64_t>(std::clamp(distance, int64_t{0}, size)));
+  };
+  return {at(file.begin), at(file.end)};
 }
 
 // By the line "flags:", octal.
@@ -101,7 +120,10 @@ Result<std::vector<Carrier::PlannedArea>> Worker::PlanOnce() {
   areas_.clear();
   for (Area& area : FindAreas(vmas, MapsPageImage, dropped_)) {
     UNMOOR_ASSIGN(PlannedArea planned, PlanArea(std::move(area)));
-    areas_.push_back(std::move(planned));
+    UNMOOR_TRY(RefuseLost(planned));
+    for (const VaddrRange part : refused_.Outside(planned.area.range)) {
+      areas_.push_back({Cut(planned.area, part), planned.image_data});
+    }
   }
   UNMOOR_TRY(FreeMirrors());
   stale_ = false;
@@ -128,6 +150,58 @@ Result<Carrier::PlannedArea> Worker::PlanData(Area area, int file) {
     planned.image_data.Insert({at(range.begin), at(range.end)});
   }
   return planned;
+}
+
+// What the image has lost: behind its end, and where there is a hole now. Neither shows when data
+// is copied, since there is none.
+Result<> Worker::RefuseLost(const PlannedArea& planned) {
+  const Area& area = planned.area;
+  UNMOOR_ASSIGN(ImageFile * file, FileOf(area));
+  const FileRange shown{FileOffset(static_cast<uint64_t>(
+                            std::max<int64_t>(0, static_cast<int64_t>(area.offset)))),
+                        area.OffsetOf(area.range.end)};
+  std::vector<FileRange> data;
+  for (const VaddrRange part : planned.image_data.Inside(area.range)) {
+    data.push_back({area.OffsetOf(part.begin), area.OffsetOf(part.end)});
+  }
+  FileRange rest = shown;
+  if (const auto truncated = file->check.Truncated(shown.end)) {
+    Refuse(area, *truncated);
+    rest = shown.Intersect({FileOffset(0), truncated->block.begin});
+  }
+  UNMOOR_ASSIGN(const std::vector<LayerCheck::Damage> lost, file->check.Lost(rest, data));
+  for (const LayerCheck::Damage& damage : lost) {
+    UNMOOR_ASSIGN(const bool wanted, ShowsImage(AddressesOf(area, damage.block)));
+    if (wanted) Refuse(area, damage);
+  }
+  return {};
+}
+
+// Whether any page of `range` is the image's: neither written nor given back by the program.
+Result<bool> Worker::ShowsImage(VaddrRange range) const {
+  UNMOOR_ASSIGN(const std::vector<VaddrRange> own,
+                ScanPages(pagemap_.get(), range, PageQuery::kOwn, false));
+  RangeSet known = dropped_;
+  for (const VaddrRange part : own) known.Insert(part);
+  return known.SizeWithin(range) < range.size();
+}
+
+// Where there are many such, all of the area from there.
+void Worker::Refuse(const Area& area, const LayerCheck::Damage& damage) {
+  VaddrRange range = AddressesOf(area, damage.block);
+  if (refusals_ >= kRefusals) range.end = area.range.end;
+  std::vector<VaddrRange> fresh;
+  for (const VaddrRange part : dropped_.Outside(range)) {
+    for (const VaddrRange unknown : refused_.Outside(part)) fresh.push_back(unknown);
+  }
+  if (fresh.empty()) return;
+  for (const VaddrRange part : fresh) refused_.Insert(part);
+  stale_ = true;
+  const std::string text =
+      fmt::format("{}; memory {} (of {}) of process {} ({}) stays mapped from it for good",
+                  damage.what, range, area.file_vma, pid_.value, name_);
+  spdlog::warn("{}", text);
+  if (refusals_++ == 0) damage_ = text;
 }
 
 // Memory that devices or the kernel write to behind the page tables cannot be moved safely, and
@@ -167,6 +241,15 @@ Result<Worker::ImageFile*> Worker::FileOf(const Area& area) {
                                                 area.file_vma.begin.value, area.file_vma.end.value),
                                     O_RDONLY));
     UNMOOR_ASSIGN(file.helper_fd, link_.GiveFd(file.fd.get()));
+    const auto mapping = std::ranges::find_if(images_, [&](const VmaInfo& vma) {
+      return vma.inode == area.inode && vma.dev_major == area.dev_major &&
+             vma.dev_minor == area.dev_minor;
+    });
+    file.check = LayerCheck(file.fd.get(), mapping == images_.end() ? VmaInfo() : *mapping,
+                            options_.verify);
+    if (const std::string& why = file.check.unchecked(); !why.empty()) {
+      spdlog::info("process {}: what is copied is not held against hashes: {}", pid_.value, why);
+    }
   }
   return &file;
 }
@@ -353,7 +436,12 @@ Result<> Worker::Copy(size_t index, std::span<const CopyStep> steps) {
 Result<> Worker::CopySteps(size_t index, std::span<const CopyStep> steps) {
   const Area& area = areas_[index].area;
   const Mirror& mirror = MirrorOf(index);
-  UNMOOR_ASSIGN(const ImageFile* file, FileOf(area));
+  UNMOOR_ASSIGN(ImageFile * file, FileOf(area));
+  bool looked = false;
+  Result<> checked;
+  const auto look = [&] {
+    if (!std::exchange(looked, true)) checked = CheckSteps(area, file->check, steps);
+  };
   OpList ops;
   // A block copied before and given back, or of an earlier plan, starts afresh.
   AddAdvice(ops, {mirror.At(steps.front().block.begin), mirror.At(steps.back().block.end)},
@@ -371,7 +459,7 @@ Result<> Worker::CopySteps(size_t index, std::span<const CopyStep> steps) {
   if (!huge_span.empty()) {
     const VaddrRange staging{mirror.At(huge_span.begin), mirror.At(huge_span.end)};
     if (can_move_) UNMOOR_TRY(UffdRegister(staging_.get(), staging, UffdMode::kMissing));
-    const auto copied = RunCopies(ops);
+    const auto copied = RunCopies(ops, look);
     if (can_move_) UNMOOR_TRY(UffdUnregister(staging_.get(), staging));
     UNMOOR_TRY(copied);
     ops.clear();
@@ -379,7 +467,24 @@ Result<> Worker::CopySteps(size_t index, std::span<const CopyStep> steps) {
   for (const CopyStep& step : steps) {
     if (!step.huge) AddPages(ops, area, mirror, file->helper_fd, step.content);
   }
-  return RunCopies(ops);
+  UNMOOR_TRY(RunCopies(ops, look));
+  return checked;
+}
+
+// Beside the helper, which copies the same pages of the page cache: nothing of it is swapped in
+// before both are done. What the program has written since does not come from the layer.
+Result<> Worker::CheckSteps(const Area& area, LayerCheck& check, std::span<const CopyStep> steps) {
+  if (!check.unchecked().empty()) return {};
+  FileOffset checked;
+  for (const CopyStep& step : steps) {
+    for (const VaddrRange pages : step.content.image) {
+      const FileRange range{area.OffsetOf(pages.begin), area.OffsetOf(pages.end)};
+      UNMOOR_ASSIGN(const std::vector<LayerCheck::Damage> found, check.Look(range, checked));
+      for (const LayerCheck::Damage& damage : found) Refuse(area, damage);
+      verified_ += pages.size();
+    }
+  }
+  return {};
 }
 
 // A whole block by way of the scratch block (UFFDIO_MOVE gives its huge page away); without
@@ -422,9 +527,11 @@ void Worker::AddOwnPages(OpList& ops, const Area& area, Vaddr to, VaddrRange pag
   }
 }
 
-Result<> Worker::RunCopies(const OpList& ops) {
+Result<> Worker::RunCopies(const OpList& ops, const std::function<void()>& meanwhile) {
   if (ops.size() == 0) return {};
-  UNMOOR_ASSIGN(const helper::Reply reply, link_.Run(ops));
+  UNMOOR_ASSIGN(const helper::Reply reply, link_.RunBeside(ops, meanwhile));
+  const bool unreadable = reply.error == ENODATA || reply.error == EIO;
+  if (unreadable && stale_) return {};  // known by now, and refused
   switch (reply.error) {
     case 0:
       return {};

@@ -59,13 +59,25 @@ Result<> CheckPagesSize(const Fd& fd, const std::string& path, uint64_t expected
 
 Result<LayerReader> LayerReader::Open(const std::string& pages_path,
                                       const std::string& index_path) {
+  UNMOOR_ASSIGN(Fd pages, OpenPart(pages_path));
+  UNMOOR_ASSIGN(LayerReader reader, OpenWith(std::move(pages), pages_path, index_path));
+  UNMOOR_TRY(CheckPagesSize(reader.pages_, pages_path, reader.info_.file_size.value));
+  return reader;
+}
+
+Result<LayerReader> LayerReader::OpenMapped(Fd pages, const std::string& pages_path,
+                                            const std::string& index_path) {
+  return OpenWith(std::move(pages), pages_path, index_path);
+}
+
+Result<LayerReader> LayerReader::OpenWith(Fd pages, const std::string& pages_path,
+                                          const std::string& index_path) {
   LayerReader reader;
   reader.pages_path_ = pages_path;
   reader.index_path_ = index_path;
+  reader.pages_ = std::move(pages);
   UNMOOR_ASSIGN(reader.index_, OpenPart(index_path));
-  UNMOOR_ASSIGN(reader.pages_, OpenPart(pages_path));
   UNMOOR_ASSIGN(const index_format::Header header, ReadHeader(reader.index_, index_path));
-  UNMOOR_TRY(CheckPagesSize(reader.pages_, pages_path, header.pages_size));
 
   std::vector<std::byte> bytes(header.table_bytes());
   UNMOOR_TRY(
@@ -77,9 +89,10 @@ Result<LayerReader> LayerReader::Open(const std::string& pages_path,
   reader.info_.extents = std::move(tables.extents);
   reader.info_.segments = std::move(tables.segments);
   reader.info_.index_checksum = header.header_checksum;
-  UNMOOR_ASSIGN(const struct stat pages, StatFd(reader.pages_.get(), pages_path));
-  UNMOOR_ASSIGN(const struct stat index, StatFd(reader.index_.get(), index_path));
-  reader.info_.allocated = Bytes(static_cast<uint64_t>(pages.st_blocks + index.st_blocks) * 512);
+  UNMOOR_ASSIGN(const struct stat of_pages, StatFd(reader.pages_.get(), pages_path));
+  UNMOOR_ASSIGN(const struct stat of_index, StatFd(reader.index_.get(), index_path));
+  reader.info_.allocated =
+      Bytes(static_cast<uint64_t>(of_pages.st_blocks + of_index.st_blocks) * 512);
   reader.hash_offset_ = header.hash_offset();
   reader.hash_count_ = header.hash_count;
   reader.hash_checksum_ = header.hash_checksum;

@@ -25,6 +25,9 @@ class LayerReader {
  public:
   [[nodiscard]] static Result<LayerReader> Open(const std::string& pages_path,
                                                 const std::string& index_path);
+  // Of pages that somebody maps: their file may be shorter by now than its index says.
+  [[nodiscard]] static Result<LayerReader> OpenMapped(Fd pages, const std::string& pages_path,
+                                                      const std::string& index_path);
   // The layer `entry` of the checkpoint in `dir`; checks also that it is the one the manifest
   // means.
   [[nodiscard]] static Result<LayerReader> Open(const std::string& dir, const ManifestLayer& entry);
@@ -56,6 +59,8 @@ class LayerReader {
     uint64_t hash;
   };
   LayerReader() = default;
+  [[nodiscard]] static Result<LayerReader> OpenWith(Fd pages, const std::string& pages_path,
+                                                    const std::string& index_path);
   [[nodiscard]] Result<> VerifyHoles() const;
 
   LayerInfo info_;

@@ -113,6 +113,10 @@ bool SignalSeen() {
   return signal_seen != 0;
 }
 
+void ForgetSignal() {
+  signal_seen = 0;
+}
+
 Result<std::vector<int>> WaitAnyReadable(const std::vector<int>& fds, Nanos timeout) {
   std::vector<pollfd> polls;
   for (const int fd : fds) {

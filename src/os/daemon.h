@@ -43,11 +43,13 @@ class StartingDaemon {
 // Without running destructors or atexit handlers.
 [[noreturn]] void ExitProcess(int code);
 
-// SIGUSR1 no longer ends the process; SignalSeen tells whether it came since.
+// SIGUSR1 no longer ends the process; SignalSeen tells whether it came since
+// (or since ForgetSignal).
 void NoticeSignal();
 // SIGUSR1 does nothing, here and in children.
 void IgnoreSignal();
 [[nodiscard]] bool SignalSeen();
+void ForgetSignal();
 
 // Those of `fds` (negative ones are skipped) that are readable or closed at the other end; waits
 // for at least one, at most `timeout` (negative: for ever).

@@ -17,10 +17,13 @@ void AddAgentOptions(CLI::App& app, AgentArguments& arguments) {
          "freeze: all threads stand still while a batch is swapped; fault: only those that write\n"
          "to it or make a system call")
       ->option_text("freeze|fault");
+  app.add_flag("--no-verify", arguments.no_verify,
+               "Do not hold what is remapped against the image's hashes");
 }
 
 Result<AgentOptions> ToAgentOptions(const AgentArguments& arguments) {
   AgentOptions options;
+  options.verify = !arguments.no_verify;
   UNMOOR_ASSIGN(options.max_pause, ParseDuration(arguments.max_pause, 1'000'000));
   if (options.max_pause < Nanos(50'000)) {
     return UserError("--max-pause {} is too short to do anything in; 50us is the least",

@@ -1,4 +1,4 @@
-// The options restore and remap share: --max-pause, --thp, --guard.
+// The options restore and remap share: --max-pause, --thp, --guard, --no-verify.
 #pragma once
 
 #include <CLI/App.hpp>
@@ -13,6 +13,7 @@ struct AgentArguments {
   std::string max_pause = "1ms";
   std::string thp = "auto";
   std::string guard = "freeze";
+  bool no_verify = false;
 };
 
 void AddAgentOptions(CLI::App& app, AgentArguments& arguments);

@@ -37,6 +37,7 @@ nlohmann::json ToJson(const RemapReport& report) {
           {"windows", report.windows},
           {"guarded_windows", report.guarded},
           {"aborted_windows", report.aborted},
+          {"verified_bytes", report.verified.value},
           {"longest_pause_ns", report.longest_pause.value},
           {"elapsed_ns", report.elapsed.value},
           {"bytes_per_second", report.copy_rate}};

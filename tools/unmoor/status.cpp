@@ -22,7 +22,7 @@ constexpr char kStatusFooter[] =
     "\nREADY  nothing maps an image any more (layers/*.pages, pages-N.img): it may be dumped, the\n"
     "       image may be deleted\n"
     "LATER  it still maps an image; wait, or run 'unmoor remap -t PID'\n"
-    "NEVER  it cannot be checkpointed at all; the reason follows\n"
+    "NEVER  it cannot be checkpointed at all (its image is damaged, say); the reason follows\n"
     "\nExamples:\n"
     "  unmoor status -t 4711\n"
     "  unmoor status -t 4711 --json | jq .direct_mapped_bytes\n"
@@ -61,6 +61,7 @@ int PrintStatus(Pid pid, const ProcessStatus& status, bool json) {
       object["progress"] = {{"total_bytes", progress.total.value},
                             {"done_bytes", progress.done.value},
                             {"dropped_bytes", progress.dropped.value},
+                            {"verified_bytes", progress.verified.value},
                             {"windows", progress.windows},
                             {"guarded_windows", progress.guarded},
                             {"aborted_windows", progress.aborted},
