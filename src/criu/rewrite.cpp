@@ -161,19 +161,39 @@ Result<> MapTask(MmImage& mm, const TaskMapping& task, FileTable& files) {
   return {};
 }
 
-Result<> CopyRun(const PageRun& run, int to, FileOffset at, const std::string& to_path,
-                 std::vector<std::byte>& buffer) {
-  FileOffset from = run.entry.pages;
-  for (uint64_t left = run.entry.range.size().value; left > 0;) {
-    const auto part = std::span(buffer).first(std::min<uint64_t>(left, buffer.size()));
-    UNMOOR_TRY(ReadExactlyAt(run.fd, part, from, *run.path));
-    UNMOOR_TRY(WriteExactlyAt(to, part, at, to_path));
-    from = from + Bytes(part.size());
-    at = at + Bytes(part.size());
-    left -= part.size();
+// Runs one after the other into one file; most of a delta's are single pages, so many are read
+// before they are written.
+class PagesCopy {
+ public:
+  PagesCopy(int to, const std::string& to_path) : to_(to), to_path_(to_path), buffer_(kMost) {}
+
+  [[nodiscard]] Result<> Add(const PageRun& run) {
+    FileOffset from = run.entry.pages;
+    for (uint64_t left = run.entry.range.size().value; left > 0;) {
+      const auto part = std::span(buffer_).subspan(filled_, std::min(left, kMost - filled_));
+      UNMOOR_TRY(ReadExactlyAt(run.fd, part, from, *run.path));
+      from = from + Bytes(part.size());
+      filled_ += part.size();
+      left -= part.size();
+      if (filled_ == kMost) UNMOOR_TRY(Flush());
+    }
+    return {};
   }
-  return {};
-}
+  [[nodiscard]] Result<> Flush() {
+    UNMOOR_TRY(WriteExactlyAt(to_, std::span(buffer_).first(filled_), at_, to_path_));
+    at_ = at_ + Bytes(filled_);
+    filled_ = 0;
+    return {};
+  }
+
+ private:
+  static constexpr uint64_t kMost = uint64_t{256} << 10;
+  int to_;
+  const std::string& to_path_;
+  std::vector<std::byte> buffer_;
+  size_t filled_ = 0;
+  FileOffset at_;
+};
 
 // pagemap-<vpid>.img and its pages image in the view; returns their names.
 Result<std::vector<std::string>> MergePages(const std::string& criu_directory,
@@ -194,15 +214,13 @@ Result<std::vector<std::string>> MergePages(const std::string& criu_directory,
 
   const std::string to_path = view_directory + "/" + pages_name;
   UNMOOR_ASSIGN(const Fd to, OpenFile(to_path, O_WRONLY | O_CREAT | O_EXCL, 0600));
-  std::vector<std::byte> buffer(size_t{1} << 20);
+  PagesCopy copy(to.get(), to_path);
   std::vector<PagemapEntry> entries;
-  FileOffset at;
   for (const PageRun& run : runs) {
     entries.push_back(run.entry);
-    if (run.fd < 0) continue;
-    UNMOOR_TRY(CopyRun(run, to.get(), at, to_path, buffer));
-    at = at + run.entry.range.size();
+    if (run.fd >= 0) UNMOOR_TRY(copy.Add(run));
   }
+  UNMOOR_TRY(copy.Flush());
   const std::string name = PagemapName(id);
   UNMOOR_TRY(
       WriteFile(view_directory + "/" + name, EncodePagemap(pagemap.pages_id, entries), 0600));

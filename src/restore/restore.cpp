@@ -41,7 +41,8 @@ constexpr int kFirstLayerFd = 5;
 // A program just killed keeps its id until it has ended and its parent has reaped it.
 constexpr Nanos kZombiePatience{5'000'000'000};
 constexpr Nanos kDyingPatience{250'000'000};
-constexpr size_t kLayersAtOnce = 16;
+constexpr size_t kLayersAtOnce = 128;         // handed to criu before it is known which it maps
+constexpr Bytes kDeltasInMemory(uint64_t{16} << 20);
 constexpr char kLazySocket[] = "lazy-pages.socket";  // in criu's working directory
 
 // A directory that is gone when we are done, whatever happens. criu's log is moved out on failure.
@@ -134,6 +135,7 @@ class Restorer {
  private:
   [[nodiscard]] Result<> Lock();
   [[nodiscard]] bool MayStartAtOnce() const;
+  [[nodiscard]] Bytes MostDeltas() const;
   [[nodiscard]] ModeFacts LookForMode() const;
   [[nodiscard]] Result<> ListLayers();
   [[nodiscard]] Result<> Open();
@@ -193,6 +195,20 @@ Result<> Restorer::Lock() {
 bool Restorer::MayStartAtOnce() const {
   return Exists(ManifestPath(image_)) && Exists(CriuDirectory(image_) + "/pstree.img") &&
          listed_.size() <= kLayersAtOnce;
+}
+
+// What may have to be written into the view: the pages of deltas, and no one is larger than its
+// layer.
+Bytes Restorer::MostDeltas() const {
+  Bytes all;
+  Bytes largest;
+  for (const ListedLayer& layer : listed_) {
+    const auto info = StatFd(layer.pages.get(), layer.path);
+    const Bytes size(info ? static_cast<uint64_t>(info->st_blocks) * 512 : kDeltasInMemory.value);
+    all += size;
+    largest = std::max(largest, size);
+  }
+  return all - largest;
 }
 
 Result<> Restorer::ListLayers() {
@@ -532,8 +548,7 @@ Result<RestoredProgram> Restorer::Run() {
   if (!MayStartAtOnce() || lazy()) UNMOOR_TRY(Open());
   if (lazy()) UNMOOR_TRY(PrepareLazy());
   UNMOOR_ASSIGN(InterruptFd interrupt, InterruptFd::Create());
-  // A chain's pages, which go there, may be many.
-  UNMOOR_ASSIGN(TemporaryView view, TemporaryView::Named(listed_.size() <= 1));
+  UNMOOR_ASSIGN(TemporaryView view, TemporaryView::Named(MostDeltas() <= kDeltasInMemory));
   std::optional<WaitingAgent> agent;
   auto pidfd = Restore(view, agent, interrupt);
   if (!pidfd) {

@@ -54,10 +54,10 @@ def only_the_rest_is_read(story):
     program.do()
 
 
-def churns(story):
+def churns(story, mib=24, hazard_mib=2):
     """Threads that change memory in every way all the while, left running and ended."""
-    churn = story.start("churn", "--threads", 2, "--mib", 64, "--dontneed", "--remapper", "--brk", "--mprotect",
-                        "--munmap", "--hazard-mib", 4, "--rate", 300)
+    churn = story.start("churn", "--threads", 2, "--mib", mib, "--dontneed", "--remapper", "--brk", "--mprotect",
+                        "--munmap", "--hazard-mib", hazard_mib, "--rate", 300)
     churn.await_progress()
     folder, report = dump(story, churn, "left", "-R", "--full")
     story.say(f"{report['pre_dump_rounds']} rounds, {report['read_bytes'] >> 20} MiB read after them")
@@ -67,6 +67,10 @@ def churns(story):
     folder, _ = dump(story, churn, "last", "--full")
     live_to_the_end(story, churn, folder)
     story.demand_no_agent()
+
+
+def churns_large(story):
+    churns(story, 64, 4)
 
 
 def vmas_change_between_rounds(story):
@@ -147,7 +151,7 @@ def ends_meanwhile(story):
     store = story.path("store")
     os.mkdir(store)
     for how in ("ended", "interrupted", "killed"):
-        churn = story.start("churn", "--threads", 2, "--mib", 96, "--dontneed", "--hazard-mib", 4)
+        churn = story.start("churn", "--threads", 2, "--mib", 64, "--dontneed", "--hazard-mib", 4)
         churn.await_progress()
         command = start_dump(story, churn, os.path.join(store, "image"), "-R")
         time.sleep(0.02 + chance.random() * 0.3)
@@ -175,9 +179,9 @@ def ends_meanwhile(story):
 
 def disk_full(story):
     """Too little room for the rounds, or for what comes after them: said, nothing is left, it runs on."""
-    churn = story.start("churn", "--threads", 2, "--mib", 96)
+    churn = story.start("churn", "--threads", 2, "--mib", 40)
     churn.await_progress()
-    for mib in (32, 100):
+    for mib in (16, 44):
         small = story.mount_tmpfs(f"small-{mib}", mib)
         outcome = story.unmoor("dump", "--pre-dump", "-t", churn.pid, "-D", os.path.join(small, "image"), expect=1)
         demand("space" in outcome.err.lower(), f"the message says what is short: {outcome}")
@@ -214,6 +218,6 @@ def redis(story):
 
 
 if __name__ == "__main__":
-    main({f.__name__: f for f in (only_the_rest_is_read, churns, vmas_change_between_rounds, tree,
+    main({f.__name__: f for f in (only_the_rest_is_read, churns, churns_large, vmas_change_between_rounds, tree,
                                   forked_pages_are_written_once, ends_meanwhile,
                                   disk_full, redis)})

@@ -40,8 +40,8 @@ class Tree:
             member.await_gone()
 
 
-def generations(story):
-    tree = Tree(story, "--mib", 48)
+def generations(story, mib=24):
+    tree = Tree(story, "--mib", mib)
     before = [footprint(member.pid) for member in tree.members]
     previous = None
     for name in ("first", "second"):
@@ -64,9 +64,13 @@ def generations(story):
     tree.await_gone()
 
 
+def generations_large(story):
+    generations(story, 128)
+
+
 def direct_mapped_members_are_apart(story):
     """While all three map the same layer, each one's writes stay its own."""
-    tree = Tree(story, "--mib", 64)
+    tree = Tree(story, "--mib", 32)
     image = story.dump(tree.parent, "image")
     tree.await_gone()
     story.restore(tree.parent, image, "--remap", "off")
@@ -85,7 +89,7 @@ def pid_namespace(story):
     report = story.path("churn.json")
     program = os.path.join(PROGRAMS, "churn")
     popen = story.popen(["unshare", "--pid", "--fork", "setsid", program,
-                         "--report", report, "--mib", "128", "--threads", "2"])
+                         "--report", report, "--mib", "48", "--threads", "2"])
     outer = poll(lambda: popen.poll() is not None or children(popen.pid), "unshare starts churn")
     if popen.poll() is not None:
         raise Failed("unshare --pid --fork failed")
@@ -116,4 +120,4 @@ def pid_namespace(story):
 
 
 if __name__ == "__main__":
-    main({f.__name__: f for f in (generations, direct_mapped_members_are_apart, pid_namespace)})
+    main({f.__name__: f for f in (generations, generations_large, direct_mapped_members_are_apart, pid_namespace)})
