@@ -101,7 +101,8 @@ class DurableImage {
     const std::string to = dir_.path() + "/copy";
     EXPECT_TRUE(MakeDirectory(to));
     EXPECT_TRUE(MakeDirectory(LayersDirectory(to)));
-    for (const auto& name : ListDirectory(LayersDirectory(path())).value()) {
+    const std::vector<std::string> names = ListDirectory(LayersDirectory(path())).value();
+    for (const std::string& name : names) {
       EXPECT_TRUE(CopyFile(LayersDirectory(path()) + "/" + name, LayersDirectory(to) + "/" + name));
     }
     return to;
