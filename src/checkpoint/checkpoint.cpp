@@ -292,7 +292,6 @@ Result<> Dumper::WriteBeforeFreeze() {
   UNMOOR_ASSIGN(ahead.layer_id, NewId());
   ahead.most_rounds = options_.pre_dump_rounds;
   ahead.parent = parent_ ? &*parent_ : nullptr;
-  ahead.parent_asked_for = options_.parent.has_value();
   ahead.plan = options_.plan;
   ahead.go_on = [this] { return GoOn(); };
   ahead.progress = observer_.writing_ahead;
@@ -637,7 +636,6 @@ Result<> Dumper::DumpHeld(const criu::CriuBinary& criu) {
   routing.sync = !options_.leave_running;
   routing.plan = options_.plan;
   if (parent_) routing.parent = &*parent_;
-  routing.parent_asked_for = options_.parent.has_value() || !layer_ahead_.empty();
   routing.still_mapped = !mapped_files_.empty();
   if (observer_.dumping) {
     routing.progress = [this, expected = ExpectedBytes()](Bytes done) {

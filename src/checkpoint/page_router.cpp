@@ -100,9 +100,7 @@ Result<std::optional<LayerBase>> PageRouter::FindBase(uint32_t vpid, Pid pid,
   const PageSource now = [&](Vaddr at, std::span<std::byte> page) {
     return ReadMemory(pid, at, page).has_value();
   };
-  // Writing mapped memory in full costs time in which the program stands still.
-  const bool asked_for = options_.parent_asked_for || still_mapped;
-  if (base && fits(*base) && !IsMostlyChanged(*writer_, *base, asked_for, now)) return base;
+  if (base && fits(*base) && !IsMostlyChanged(*writer_, *base, now)) return base;
   base.reset();
   const auto info = ReadProcess(pid);
   const auto owner = std::ranges::find_if(

@@ -47,7 +47,6 @@ class PageRouter : public criu::PageSink {
     bool sync = true;  // Close() returns when all is on disk; else nothing is before Complete()
     CheckpointPlanOptions plan;
     const Parent* parent = nullptr;
-    bool parent_asked_for = false;        // rather than found
     bool still_mapped = false;            // tasks may map the parent's layers
     std::function<void(Bytes)> progress;  // bytes received so far; now and then
   };

@@ -14,14 +14,9 @@ namespace {
 constexpr size_t kMostLayers = 128;
 }  // namespace
 
-bool IsMostlyChanged(const DeltaWriter& writer, const LayerBase& base, bool asked_for,
-                     const PageSource& now) {
-  constexpr uint64_t kUnnoticed = uint64_t{4} << 20;
+bool IsMostlyChanged(const DeltaWriter& writer, const LayerBase& base, const PageSource& now) {
   constexpr uint64_t kEnough = uint64_t{64} << 20;  // less is copied in no time
-  if (base.pages.data.value < (asked_for ? kEnough : kUnnoticed)) return false;
-  const double changed = writer.SampleChanged(base, now);
-  if (!asked_for) return changed * static_cast<double>(base.pages.data.value) > kUnnoticed;
-  return changed > 0.25;
+  return base.pages.data.value >= kEnough && writer.SampleChanged(base, now) > 0.25;
 }
 
 Result<Parent> Parent::Open(const std::string& directory) {

@@ -26,9 +26,8 @@ namespace unmoor {
 
 // Whether so much differs from the base that the VMA is better written in full: a delta's pages are
 // copied at restore instead of mapped. Told from a sample; right or wrong, it decides about cost
-// only. Nobody who did not ask for a delta shall find a slower restore: then a few megabytes are
-// too much. `writer` knows the base's layers.
-[[nodiscard]] bool IsMostlyChanged(const DeltaWriter& writer, const LayerBase& base, bool asked_for,
+// only. `writer` knows the base's layers.
+[[nodiscard]] bool IsMostlyChanged(const DeltaWriter& writer, const LayerBase& base,
                                    const PageSource& now);
 
 class Parent {

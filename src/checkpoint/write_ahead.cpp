@@ -85,7 +85,7 @@ bool Ahead::StandsOnParent(Pid pid, uint32_t vpid, const VmaInfo& vma) const {
   const auto base = options_.parent->Find(vpid, vma);
   if (!base) return false;
   const DeltaWriter reader(options_.directory, options_.layer_id, options_.parent->layers(), false);
-  return !IsMostlyChanged(reader, *base, options_.parent_asked_for,
+  return !IsMostlyChanged(reader, *base,
                           [&](Vaddr at, auto page) { return ReadPage(pid, at, page); });
 }
 

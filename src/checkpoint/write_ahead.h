@@ -31,7 +31,6 @@ struct WriteAheadOptions {
   std::string layer_id;
   int most_rounds = 4;
   const Parent* parent = nullptr;
-  bool parent_asked_for = false;  // rather than found
   CheckpointPlanOptions plan;
   std::function<Result<>()> go_on;  // an error ends it with that error; asked now and then
   std::function<void(Bytes done, Bytes expected)> progress;  // may be empty
