@@ -107,8 +107,15 @@ Result<RecordReport> RecordWorkingSet(const RecordOptions& options, InterruptFd&
   }
   (void)interrupt.Take();
   const WorkingSet set = recorder.TakeResult();
+  if (set.ranges.empty()) {
+    const auto earlier = ReadWorkingSet(options.directory);
+    if (earlier && *earlier && !(*earlier)->ranges.empty()) {
+      return RecordReport{(*earlier)->size(), (*earlier)->ranges.size(), MonotonicNow() - begin,
+                          true};
+    }
+  }
   UNMOOR_TRY(WriteWorkingSet(options.directory, recorder.checkpoint_id(), set));
-  return RecordReport{set.size(), set.ranges.size(), MonotonicNow() - begin};
+  return RecordReport{set.size(), set.ranges.size(), MonotonicNow() - begin, false};
 }
 
 }  // namespace unmoor

@@ -59,10 +59,12 @@ struct RecordReport {
   Bytes bytes;
   size_t ranges = 0;
   Nanos elapsed;
+  bool kept_earlier = false;  // nothing was touched: these are the figures of the set that stays
 };
 
 // Until the time is up, an interrupt (SIGINT, SIGTERM, SIGHUP) comes, or nothing maps the image any
-// more; then the working set is in the directory.
+// more; then the working set is in the directory. A recording in which nothing was touched does not
+// take the place of one in which something was.
 [[nodiscard]] Result<RecordReport> RecordWorkingSet(const RecordOptions& options,
                                                     InterruptFd& interrupt);
 

@@ -139,6 +139,29 @@ def kept_with_the_image(story):
     churn.end()
 
 
+def nothing_touched(story):
+    """A recording that ends before anything was touched leaves the good one in its place, and says so."""
+    churn = story.start("churn", "--threads", 1, "--mib", 32)
+    os.kill(churn.pid, signal.SIGSTOP)  # it stays so when it is restored
+    image = story.dump(churn, "image")
+    churn.await_gone()
+    story.restore(churn, image, "--record")
+    os.kill(churn.pid, signal.SIGCONT)
+    churn.await_progress("works while it is recorded")
+    story.unmoor("record", "-t", churn.pid, "--stop")
+    good = working_set(image)
+    demand(good, "a good one")
+    os.kill(churn.pid, signal.SIGKILL)
+    churn.await_gone()
+    story.restore(churn, image, "--record")
+    told = story.unmoor("record", "-t", churn.pid, "--stop", "--json").json()
+    demand(told["kept_earlier"] and told["ranges"] == len(good), told)
+    demand(working_set(image) == good, "the good one stays")
+    os.kill(churn.pid, signal.SIGCONT)
+    churn.await_progress("runs on")
+    churn.end()
+
+
 def recorder_killed(story):
     """Whoever is killed, the program runs on and can be remapped; what cannot be recorded is refused."""
     churn = story.start("churn", "--threads", 2, "--mib", 64)
@@ -170,4 +193,4 @@ def recorder_killed(story):
 
 
 if __name__ == "__main__":
-    main({f.__name__: f for f in (recorded_and_read_first, kept_with_the_image, recorder_killed)})
+    main({f.__name__: f for f in (recorded_and_read_first, kept_with_the_image, nothing_touched, recorder_killed)})

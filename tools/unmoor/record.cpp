@@ -1,6 +1,8 @@
 // `unmoor record`, and what `restore --record` leaves behind: noting a program's working set.
 #include "record.h"
 
+#include <fcntl.h>
+
 #include <csignal>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -10,6 +12,7 @@
 #include "agent/recording.h"
 #include "base/log.h"
 #include "command.h"
+#include "image/layout.h"
 #include "image/working_set.h"
 #include "os/daemon.h"
 #include "os/file.h"
@@ -45,11 +48,26 @@ void PrintReport(const std::string& directory, const RecordReport& report, bool 
     PrintJson({{"directory", directory},
                {"working_set_bytes", report.bytes.value},
                {"ranges", report.ranges},
-               {"elapsed_ns", report.elapsed.value}});
+               {"elapsed_ns", report.elapsed.value},
+               {"kept_earlier", report.kept_earlier}});
+    return;
+  }
+  if (report.kept_earlier) {
+    Print(fmt::format(
+        "{}: nothing was touched; the working set recorded earlier stays ({} in {} ranges)\n",
+        directory, HumanBytes(report.bytes), report.ranges));
     return;
   }
   Print(fmt::format("{}: a working set of {} in {} ranges\n", directory, HumanBytes(report.bytes),
                     report.ranges));
+}
+
+// Which file it is: each recording writes another.
+std::optional<ino_t> WorkingSetFile(const std::string& directory) {
+  const std::string path = WorkingSetPath(directory);
+  const auto file = OpenFile(path, O_RDONLY);
+  const auto info = file ? StatFd(file->get(), path) : Failure(file.error());
+  return info ? std::optional(info->st_ino) : std::nullopt;
 }
 
 // Asks the recorder to end and waits for what it kept.
@@ -60,6 +78,7 @@ int Stop(Pid pid, bool json) {
     return Report(Error(ErrorKind::kUser, 0, fmt::format("nobody records process {}", pid.value)),
                   json);
   }
+  const auto before = WorkingSetFile(recording->directory);
   const auto is_recorder = [&] {
     const auto process = ReadProcess(recording->recorder);
     return process && !process->ended() && process->name.starts_with("unmoor");
@@ -89,8 +108,9 @@ int Stop(Pid pid, bool json) {
               fmt::format("{} has no working set; was it replaced?", recording->directory)),
         json);
   }
-  PrintReport(recording->directory, {(*set)->size(), (*set)->ranges.size(), MonotonicNow() - begin},
-              json);
+  const bool kept = before && WorkingSetFile(recording->directory) == before;
+  PrintReport(recording->directory,
+              {(*set)->size(), (*set)->ranges.size(), MonotonicNow() - begin, kept}, json);
   return kExitSuccess;
 }
 
