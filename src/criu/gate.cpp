@@ -24,7 +24,7 @@ Result<Gate> Gate::Create(const std::string& criu_directory, const std::string& 
   Gate gate;
   gate.as_ = as;
   gate.path_ = criu_directory + kTree;
-  UNMOOR_ASSIGN(gate.tree_, ReadFile(gate.path_, kTreeLimit));
+  UNMOOR_ASSIGN(gate.tree_, ReadRegularFile(gate.path_, kTreeLimit));
   UNMOOR_ASSIGN(gate.hold_, Pipe::Create());
   UNMOOR_ASSIGN(gate.statistics_, Pipe::Create());
   UNMOOR_TRY(SymbolicLink(criu_directory + kInventory, view_directory + kInventory));

@@ -74,7 +74,7 @@ Result<RawImage> RawImage::Parse(std::string data, ImageType type, std::string p
 }
 
 Result<RawImage> RawImage::Read(const std::string& path, ImageType type) {
-  UNMOOR_ASSIGN(std::string data, ReadFile(path, kMaxImage));
+  UNMOOR_ASSIGN(std::string data, ReadRegularFile(path, kMaxImage));
   return Parse(std::move(data), type, path);
 }
 

@@ -204,7 +204,7 @@ Result<std::vector<std::string>> MergePages(const std::string& criu_directory,
   UNMOOR_ASSIGN(const Pagemap pagemap, ReadPagemap(criu_directory, id));
   const std::string pages_name = PagesName(pagemap.pages_id);
   const std::string from_path = criu_directory + "/" + pages_name;
-  UNMOOR_ASSIGN(const Fd from, OpenFile(from_path, O_RDONLY));
+  UNMOOR_ASSIGN(const Fd from, OpenRegularFile(from_path));
   std::vector<PageRun> loads;
   for (const DirectMapping& load : task.loads) {
     const LayerFile& file = layers[load.layer];

@@ -17,7 +17,7 @@ namespace {
 
 // A missing or unreadable file of a checkpoint is the image's fault: the user's error.
 Result<Fd> OpenPart(const std::string& path) {
-  auto fd = OpenFile(path, O_RDONLY);
+  auto fd = OpenRegularFile(path);
   if (fd) return fd;
   if (fd.error().errnum() == ENOENT) {
     return UserError("{} is missing; the checkpoint is not complete", path);
@@ -27,7 +27,6 @@ Result<Fd> OpenPart(const std::string& path) {
 
 Result<uint64_t> FileSize(const Fd& fd, const std::string& path) {
   UNMOOR_ASSIGN(const struct stat info, StatFd(fd.get(), path));
-  if (!S_ISREG(info.st_mode)) return UserError("{} is not a regular file", path);
   return static_cast<uint64_t>(info.st_size);
 }
 

@@ -486,7 +486,7 @@ Result<> WriteManifest(const std::string& dir, const Manifest& manifest) {
 
 Result<Manifest> ReadManifest(const std::string& dir) {
   const std::string path = ManifestPath(dir);
-  auto text = ReadFile(path, kMaxManifest);
+  auto text = ReadRegularFile(path, kMaxManifest);
   if (text) return ParseManifest(*text, path);
   if (!Exists(path)) return NotAnImage(dir);
   return Failure(std::move(text).error());
@@ -506,7 +506,7 @@ Result<ManifestUserData> WriteUserData(const std::string& dir, std::string_view 
 Result<std::string> ReadUserData(const std::string& dir, const ManifestUserData& entry) {
   const std::string path = UserDataPath(dir);
   if (!Exists(path)) return UserError("{} is missing; the image is not complete", path);
-  UNMOOR_ASSIGN(std::string bytes, ReadFile(path, kMaxUserData));
+  UNMOOR_ASSIGN(std::string bytes, ReadRegularFile(path, kMaxUserData));
   if (bytes.size() != entry.size.value) {
     return UserError("{} {}: it has {} bytes, not {}", path,
                      bytes.size() < entry.size.value ? "is truncated" : "has bytes too many",

@@ -187,15 +187,15 @@ std::optional<Fd> OpenPages(const std::string& path, const LayerIndex& index, ui
     }
   };
   const FileOffset end(index.header.pages_size);
-  auto fd = OpenFile(path, O_RDONLY | O_NONBLOCK);
+  auto fd = OpenRegularFile(path);
   if (!fd) {
     tell(fd.error().errnum() == ENOENT ? path + " is missing" : fd.error().message(),
          {FileOffset(0), end});
     return std::nullopt;
   }
   const auto info = StatFd(fd->get(), path);
-  if (!info || !S_ISREG(info->st_mode)) {
-    tell(path + " is not a regular file", {FileOffset(0), end});
+  if (!info) {
+    tell(info.error().message(), {FileOffset(0), end});
     return std::nullopt;
   }
   size = static_cast<uint64_t>(info->st_size);
@@ -216,12 +216,11 @@ std::optional<Fd> OpenPages(const std::string& path, const LayerIndex& index, ui
 }  // namespace
 
 Result<LayerIndex> ReadLayerIndex(const std::string& path, const ManifestLayer* expected) {
-  auto opened = OpenFile(path, O_RDONLY | O_NONBLOCK);
+  auto opened = OpenRegularFile(path);
   if (!opened && opened.error().errnum() == ENOENT) return UserError("{} is missing", path);
   if (!opened) return Failure(std::move(opened).error());
   const Fd fd = std::move(*opened);
   UNMOOR_ASSIGN(const struct stat info, StatFd(fd.get(), path));
-  if (!S_ISREG(info.st_mode)) return UserError("{} is not a regular file", path);
   const auto size = static_cast<uint64_t>(info.st_size);
   if (size < index_format::kHeaderSize) {
     return UserError("{} is truncated: {} bytes, its header alone has {}", path, size,

@@ -139,7 +139,7 @@ Result<WorkingSet> DecodeWorkingSet(std::span<const std::byte> bytes, const std:
 Result<std::optional<WorkingSet>> ReadWorkingSet(const std::string& dir) {
   const std::string path = WorkingSetPath(dir);
   if (!Exists(path)) return std::optional<WorkingSet>();
-  UNMOOR_ASSIGN(const std::string bytes, ReadFile(path, kMaxSize));
+  UNMOOR_ASSIGN(const std::string bytes, ReadRegularFile(path, kMaxSize));
   UNMOOR_ASSIGN(WorkingSet set, DecodeWorkingSet(std::as_bytes(std::span(bytes)), path));
   return std::optional(std::move(set));
 }

@@ -119,8 +119,20 @@ Result<> WriteStream(int fd, std::span<const std::byte> data, const std::string&
   return {};
 }
 
-Result<std::string> ReadFile(const std::string& path, Bytes limit) {
-  UNMOOR_ASSIGN(const Fd fd, OpenFile(path, O_RDONLY));
+Result<Fd> OpenRegularFile(const std::string& path) {
+  auto fd = OpenFile(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK);
+  if (!fd && fd.error().errnum() == ELOOP) {
+    return UserError("{} is a symbolic link; an image directory has none", path);
+  }
+  if (!fd) return fd;
+  UNMOOR_ASSIGN(const struct stat info, StatFd(fd->get(), path));
+  if (!S_ISREG(info.st_mode)) return UserError("{} is not a regular file", path);
+  return fd;
+}
+
+namespace {
+
+Result<std::string> ReadAll(const Fd& fd, const std::string& path, Bytes limit) {
   std::string text;
   for (;;) {
     const size_t had = text.size();
@@ -134,6 +146,18 @@ Result<std::string> ReadFile(const std::string& path, Bytes limit) {
     }
     if (n < chunk) return text;
   }
+}
+
+}  // namespace
+
+Result<std::string> ReadFile(const std::string& path, Bytes limit) {
+  UNMOOR_ASSIGN(const Fd fd, OpenFile(path, O_RDONLY));
+  return ReadAll(fd, path, limit);
+}
+
+Result<std::string> ReadRegularFile(const std::string& path, Bytes limit) {
+  UNMOOR_ASSIGN(const Fd fd, OpenRegularFile(path));
+  return ReadAll(fd, path, limit);
 }
 
 Result<> WriteFile(const std::string& path, std::string_view data, mode_t mode) {
@@ -166,7 +190,7 @@ Result<> CopyOpenFile(int in, const std::string& from, const std::string& to) {
 }  // namespace
 
 Result<> CopyFile(const std::string& from, const std::string& to) {
-  UNMOOR_ASSIGN(const Fd in, OpenFile(from, O_RDONLY));
+  UNMOOR_ASSIGN(const Fd in, OpenRegularFile(from));
   return CopyOpenFile(in.get(), from, to);
 }
 

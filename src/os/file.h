@@ -37,6 +37,10 @@ namespace unmoor {
 
 // Whole file; `limit` caps what an untrusted file may make us allocate.
 [[nodiscard]] Result<std::string> ReadFile(const std::string& path, Bytes limit = Bytes(64 << 20));
+// For reading, of an image, which nobody has to trust: never another file by a symbolic link, never
+// a FIFO or device that would make us wait. A user's error where it is one.
+[[nodiscard]] Result<Fd> OpenRegularFile(const std::string& path);
+[[nodiscard]] Result<std::string> ReadRegularFile(const std::string& path, Bytes limit);
 // Creates or truncates; no fsync.
 [[nodiscard]] Result<> WriteFile(const std::string& path, std::string_view data,
                                  mode_t mode = 0644);

@@ -219,7 +219,7 @@ Result<> Restorer::ListLayers() {
     ListedLayer layer;
     layer.id = name.substr(0, name.size() - kPagesSuffix.size());
     layer.path = LayersDirectory(image_) + "/" + name;
-    UNMOOR_ASSIGN(layer.pages, OpenFile(layer.path, O_RDONLY));
+    UNMOOR_ASSIGN(layer.pages, OpenRegularFile(layer.path));
     listed_.push_back(std::move(layer));
   }
   return {};

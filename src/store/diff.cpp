@@ -39,7 +39,7 @@ class Side {
     if (!Exists(directory + "/" + criu::PagemapName(id))) return {};  // a zombie, or no process
     UNMOOR_ASSIGN(const criu::Pagemap pagemap, criu::ReadPagemap(directory, id));
     pages_path_ = directory + "/" + criu::PagesName(pagemap.pages_id);
-    UNMOOR_ASSIGN(pages_, OpenFile(pages_path_, O_RDONLY));
+    UNMOOR_ASSIGN(pages_, OpenRegularFile(pages_path_));
     runs_ = criu::MergeRuns(criu::RunsOf(pagemap, pages_.get(), pages_path_), runs_);
     std::erase_if(runs_, [](const criu::PageRun& run) { return run.fd < 0; });
     return {};

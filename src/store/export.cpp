@@ -83,7 +83,7 @@ Result<> Exporter::ExportStream(criu::PageStreamId id, criu::PageImageWriter& wr
   const std::string pages_path = criu_directory + "/" + criu::PagesName(pagemap.pages_id);
   Fd pages;
   if (pagemap.PresentBytes().value > 0) {
-    UNMOOR_ASSIGN(pages, OpenFile(pages_path, O_RDONLY));
+    UNMOOR_ASSIGN(pages, OpenRegularFile(pages_path));
   }
   std::vector<criu::PageRun> runs = criu::RunsOf(pagemap, pages.get(), pages_path);
   if (id.kind == criu::StreamKind::kTask) {

@@ -85,7 +85,7 @@ class ChainPages {
   // `to` is filled from `offset` of the run's file.
   [[nodiscard]] Result<> Read(const ChainRun& run, Bytes offset, std::span<std::byte> to) {
     if (run.file != open_name_) {
-      UNMOOR_ASSIGN(open_, OpenFile(*run.file, O_RDONLY));
+      UNMOOR_ASSIGN(open_, OpenRegularFile(*run.file));
       open_name_ = run.file;
     }
     return ReadExactlyAt(open_.get(), to, run.entry.pages + offset, *run.file);

@@ -66,11 +66,11 @@ class BlockSource {
   BlockSource(const std::string& directory, const std::string& id, const LayerIndex& index)
       : path_(LayerPagesPath(directory, id)) {
     if (!IsPackedLayer(directory, id)) {
-      pages_ = OpenFile(path_, O_RDONLY).value_or(Fd());
+      pages_ = OpenRegularFile(path_).value_or(Fd());
       return;
     }
     path_ = LayerPackedPath(directory, id);
-    auto file = OpenFile(path_, O_RDONLY);
+    auto file = OpenRegularFile(path_);
     auto packed = file ? PackedReader::Open(std::move(*file), path_, index)
                        : Result<PackedReader>(Failure(file.error()));
     if (packed) packed_.emplace(std::move(*packed));

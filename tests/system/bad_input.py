@@ -327,6 +327,35 @@ def refuse_damage(story, image, name):
     demand(not story.marked("churn"), "a program runs although restore failed")
 
 
+def links_are_not_followed(story):
+    """An image is not to be trusted: no file of it leads elsewhere, none makes a command wait."""
+    _, image = make_image(story)
+    secret = story.path("secret")
+    with open(secret, "w") as file:
+        file.write("not of the image")
+    layers = os.path.join(image, "layers")
+    victims = [os.path.join(layers, name) for name in sorted(os.listdir(layers))]
+    victims += [os.path.join(image, "manifest.json"), os.path.join(image, "criu", "fs-%d.img"), os.path.join(image, "criu", "files.img")]
+    criu = os.listdir(os.path.join(image, "criu"))
+    victims = [path for path in victims if os.path.exists(path)] + [os.path.join(image, "criu", name) for name in criu if name.startswith("mm-")]
+    whole = story.path("whole")
+    for victim in victims:
+        os.rename(victim, whole)
+        commands = [["export", "-D", image, story.path("plain")]]
+        if "/criu/" not in victim:
+            commands += [["restore", "-D", image, "-d"], ["verify", "-D", image]]
+        for make, word in ((lambda at: os.symlink(secret, at), "symbolic link"), (os.mkfifo, "regular file")):
+            make(victim)
+            for command in commands:
+                outcome = story.unmoor(*command, expect=None, timeout=20)
+                demand(outcome.code != 0 and word in outcome.err + outcome.out and os.path.basename(victim) in outcome.err + outcome.out,
+                       f"{victim} is a {word}: {outcome}")
+                demand(not os.path.exists(story.path("plain")), f"exported all the same: {outcome}")
+            os.remove(victim)
+        os.rename(whole, victim)
+    story.unmoor("verify", "-D", image)
+
+
 def pid_taken(story):
     """The pid the program had is another's now."""
     with Churn(story) as churn:
@@ -450,6 +479,6 @@ if __name__ == "__main__":
     main({f.__name__: f for f in (
         absent_process, no_number, kernel_thread, zombie, already_traced, ourselves, of_another_user,
         directory_missing, directory_empty_or_foreign, file_instead_of_directory, stock_criu_directory,
-        other_format_version, cpu_features_missing, manifest_byte_changed, layer_damaged, pid_taken,
+        other_format_version, cpu_features_missing, manifest_byte_changed, layer_damaged, links_are_not_followed, pid_taken,
         show_tells_what_there_is, usage, criu_fails_at_dump, criu_fails_at_restore,
         criu_refuses_the_program, criu_too_old_or_absent)})
