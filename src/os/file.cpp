@@ -190,6 +190,11 @@ Result<> CopyOpenFile(int in, const std::string& from, const std::string& to) {
 }  // namespace
 
 Result<> CopyFile(const std::string& from, const std::string& to) {
+  UNMOOR_ASSIGN(const Fd in, OpenFile(from, O_RDONLY));
+  return CopyOpenFile(in.get(), from, to);
+}
+
+Result<> CopyRegularFile(const std::string& from, const std::string& to) {
   UNMOOR_ASSIGN(const Fd in, OpenRegularFile(from));
   return CopyOpenFile(in.get(), from, to);
 }

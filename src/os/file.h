@@ -45,6 +45,8 @@ namespace unmoor {
 [[nodiscard]] Result<> WriteFile(const std::string& path, std::string_view data,
                                  mode_t mode = 0644);
 [[nodiscard]] Result<> CopyFile(const std::string& from, const std::string& to);
+// As CopyFile, of a file of an image.
+[[nodiscard]] Result<> CopyRegularFile(const std::string& from, const std::string& to);
 // The open file `fd` under another name: a hard link or, where none can be made (another file
 // system, no permission, no name left), a copy with its holes.
 [[nodiscard]] Result<> LinkOrCopyFile(int fd, const std::string& to);

@@ -115,7 +115,7 @@ Result<ExportReport> Exporter::Run() {
     if (stream) {
       UNMOOR_TRY(ExportStream(*stream, writer));
     } else if (!IsPages(name)) {
-      UNMOOR_TRY(CopyFile(criu_directory + "/" + name, publisher.path() + "/" + name));
+      UNMOOR_TRY(CopyRegularFile(criu_directory + "/" + name, publisher.path() + "/" + name));
     }
   }
   UNMOOR_TRY(writer.Finish(false));
