@@ -1,8 +1,6 @@
 // See layer_check.h.
 #include "agent/layer_check.h"
 
-#include <sys/sysmacros.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <iterator>

@@ -16,7 +16,6 @@
 #include "base/result.h"
 #include "base/units.h"
 #include "image/layer_reader.h"
-#include "os/fd.h"
 #include "os/procfs.h"
 
 namespace unmoor {

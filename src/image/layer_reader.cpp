@@ -59,18 +59,13 @@ Result<> CheckPagesSize(const Fd& fd, const std::string& path, uint64_t expected
 Result<LayerReader> LayerReader::Open(const std::string& pages_path,
                                       const std::string& index_path) {
   UNMOOR_ASSIGN(Fd pages, OpenPart(pages_path));
-  UNMOOR_ASSIGN(LayerReader reader, OpenWith(std::move(pages), pages_path, index_path));
+  UNMOOR_ASSIGN(LayerReader reader, OpenMapped(std::move(pages), pages_path, index_path));
   UNMOOR_TRY(CheckPagesSize(reader.pages_, pages_path, reader.info_.file_size.value));
   return reader;
 }
 
 Result<LayerReader> LayerReader::OpenMapped(Fd pages, const std::string& pages_path,
                                             const std::string& index_path) {
-  return OpenWith(std::move(pages), pages_path, index_path);
-}
-
-Result<LayerReader> LayerReader::OpenWith(Fd pages, const std::string& pages_path,
-                                          const std::string& index_path) {
   LayerReader reader;
   reader.pages_path_ = pages_path;
   reader.index_path_ = index_path;
@@ -143,6 +138,12 @@ bool LayerReader::BlockMatches(FileOffset offset, std::span<const std::byte> blo
   const auto found = std::ranges::lower_bound(hashes_, number, {}, &BlockHash::block);
   if (found == hashes_.end() || found->block != number) return IsZero(block);
   return index_format::Checksum(block) == found->hash;
+}
+
+Result<> LayerReader::CheckBlock(FileOffset offset, std::span<const std::byte> block) const {
+  if (BlockMatches(offset, block)) return {};
+  return UserError("{}: the {} bytes at offset {} do not match their hash; the layer is damaged",
+                   pages_path_, kBlockSize, offset.value);
 }
 
 Result<> LayerReader::VerifyBlocks(FileRange range) const {

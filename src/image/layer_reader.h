@@ -52,6 +52,8 @@ class LayerReader {
   // The same comparison for a block already in memory: `block` is its 64 KiB, `offset` a multiple
   // of 64 KiB. False: it differs. Blocks without data compare with zeros.
   [[nodiscard]] bool BlockMatches(FileOffset offset, std::span<const std::byte> block) const;
+  // As BlockMatches; a user's error, with the file and offset, where it differs.
+  [[nodiscard]] Result<> CheckBlock(FileOffset offset, std::span<const std::byte> block) const;
 
  private:
   struct BlockHash {
@@ -59,8 +61,6 @@ class LayerReader {
     uint64_t hash;
   };
   LayerReader() = default;
-  [[nodiscard]] static Result<LayerReader> OpenWith(Fd pages, const std::string& pages_path,
-                                                    const std::string& index_path);
   [[nodiscard]] Result<> VerifyHoles() const;
 
   LayerInfo info_;

@@ -12,6 +12,7 @@
 #include <set>
 #include <span>
 
+#include "image/block_hash.h"
 #include "image/layout.h"
 #include "image/manifest_json.h"
 #include "os/file.h"
@@ -500,7 +501,7 @@ Result<ManifestUserData> WriteUserData(const std::string& dir, std::string_view 
   const std::string path = UserDataPath(dir);
   UNMOOR_ASSIGN(const Fd fd, OpenFile(path, O_WRONLY | O_CREAT | O_EXCL, 0600));
   UNMOOR_TRY(WriteStream(fd.get(), std::as_bytes(std::span(bytes)), path));
-  return ManifestUserData{Bytes(bytes.size()), XXH3_64bits(bytes.data(), bytes.size())};
+  return ManifestUserData{Bytes(bytes.size()), HashOf(std::as_bytes(std::span(bytes)))};
 }
 
 Result<std::string> ReadUserData(const std::string& dir, const ManifestUserData& entry) {
@@ -512,7 +513,7 @@ Result<std::string> ReadUserData(const std::string& dir, const ManifestUserData&
                      bytes.size() < entry.size.value ? "is truncated" : "has bytes too many",
                      bytes.size(), entry.size.value);
   }
-  if (XXH3_64bits(bytes.data(), bytes.size()) != entry.hash) {
+  if (HashOf(std::as_bytes(std::span(bytes))) != entry.hash) {
     return UserError("{} is damaged: it does not match its hash", path);
   }
   return bytes;

@@ -61,10 +61,7 @@ Result<std::span<const std::byte>> VerifiedPages::At(uint32_t layer, FileRange r
     const FileOffset offset = blocks.begin + Bytes(at);
     const size_t number = offset.value % kWindow / kBlockSize;
     if (window.verified.test(number)) continue;
-    if (!reader.BlockMatches(offset, bytes.subspan(at, kBlockSize))) {
-      return UserError("{}: the {} bytes at offset {} do not match their hash; the layer is damaged",
-                       reader.pages_path(), kBlockSize, offset.value);
-    }
+    UNMOOR_TRY(reader.CheckBlock(offset, bytes.subspan(at, kBlockSize)));
     if (!window.room.empty() && window.shows.value == AlignDown(offset.value, kWindow)) {
       window.verified.set(number);
     }

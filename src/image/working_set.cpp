@@ -2,13 +2,13 @@
 #include "image/working_set.h"
 
 #include <fcntl.h>
-#include <xxhash.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 
 #include "base/little_endian.h"
+#include "image/block_hash.h"
 #include "image/directory_lock.h"
 #include "image/layout.h"
 #include "os/file.h"
@@ -39,7 +39,7 @@ std::string IdAt(std::span<const std::byte> bytes, size_t at) {
 }
 
 uint64_t Checksum(std::span<const std::byte> bytes) {
-  return XXH3_64bits(bytes.data(), bytes.size() - kChecksumSize);
+  return HashOf(bytes.first(bytes.size() - kChecksumSize));
 }
 
 Failure Damaged(const std::string& name, size_t offset, std::string_view what) {

@@ -15,10 +15,7 @@ Result<std::span<const std::byte>> VerifiedBlocks::Block(uint32_t layer, FileOff
   if (layer_ != &reader || offset_ != begin) {
     layer_ = nullptr;
     UNMOOR_TRY(ReadExactlyAt(reader.pages_fd().get(), block_, begin, reader.pages_path()));
-    if (!reader.BlockMatches(begin, block_)) {
-      return UserError("{}: the {} bytes at offset {} do not match their hash; the layer is damaged",
-                       reader.pages_path(), kBlockSize, begin.value);
-    }
+    UNMOOR_TRY(reader.CheckBlock(begin, block_));
     layer_ = &reader;
     offset_ = begin;
   }

@@ -106,9 +106,7 @@ Result<Remapper::Next> Remapper::CopyBatch(std::vector<Piece>& batch) {
     const auto cut = WhereTooMuchIsFreed(batch[i], own, i == 0, freed);
     if (cut) {
       GiveBack(std::span(batch).subspan(i + 1));
-      const Piece rest{batch[i].area, {*cut, batch[i].range.end}};
-      GiveBack(std::span(&rest, 1));
-      batch[i].range.end = *cut;
+      GiveBackFrom(*cut, batch[i]);
       batch.resize(batch[i].range.empty() ? i : i + 1);
       if (batch.size() == i) break;
     }
@@ -212,10 +210,13 @@ bool Remapper::KeepHalf(std::vector<Piece>& batch) {
   }
   const auto blocks = CutIntoBlocks(batch[0].range);
   if (blocks.size() == 1) return false;
-  const Piece rest{batch[0].area, {blocks[blocks.size() / 2].begin, batch[0].range.end}};
-  GiveBack(std::span(&rest, 1));
-  batch[0].range.end = rest.range.begin;
+  GiveBackFrom(blocks[blocks.size() / 2].begin, batch[0]);
   return true;
+}
+
+void Remapper::GiveBackFrom(Vaddr cut, Piece& piece) {
+  todo_.push_back({piece.area, {cut, piece.range.end}});
+  piece.range.end = cut;
 }
 
 void Remapper::GiveBack(std::span<const Piece> pieces) {

@@ -108,6 +108,7 @@ class Remapper {
   [[nodiscard]] Result<Next> SwapBatch(std::vector<Piece> batch);
   [[nodiscard]] bool KeepHalf(std::vector<Piece>& batch);
   void GiveBack(std::span<const Piece> pieces);
+  void GiveBackFrom(Vaddr cut, Piece& piece);
   void CountSwapped(std::span<const Piece> pieces);
 
   Carrier& carrier_;

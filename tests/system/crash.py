@@ -171,12 +171,16 @@ def repair(bench, point):
     bench.clean()
 
 
-def remap(bench, point):
-    """The agent's workers are killed there, one after the other, until it gives up."""
-    churn = bench.churn
+def end(churn):
     if exists(churn.pid):
         os.kill(churn.pid, signal.SIGKILL)
         churn.await_gone()
+
+
+def remap(bench, point):
+    """The agent's workers are killed there, one after the other, until it gives up."""
+    churn = bench.churn
+    end(churn)
     bench.story.restore(churn, bench.image, environment={"UNMOOR_FAULT": f"{point}:kill"})
     churn.await_progress("works while its agents are killed")
     poll(lambda: bench.story.unmoor("remap", "-t", churn.pid, expect=None).code == 0, "a remap of another agent's", 60, 0.2)
@@ -187,9 +191,7 @@ def remap(bench, point):
 
 def restore(bench, point):
     churn = bench.churn
-    if exists(churn.pid):
-        os.kill(churn.pid, signal.SIGKILL)
-        churn.await_gone()
+    end(churn)
     bench.killed(point, "restore", "-D", bench.image, "-d")
 
     def nothing_left():

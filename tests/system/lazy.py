@@ -69,13 +69,7 @@ def tree(story):
     family.await_rounds("works while its memory comes")
     for member in family.members:
         story.wait_ready(member)
-    shutil.rmtree(image)
-    family.await_rounds("works without the image")
-    story.demand_no_agent()
-    for member, old in zip(family.members, before):
-        story.demand_untouched(member, old)
-    family.parent.end()
-    family.await_gone()
+    family.outlives(image, before)
 
 
 def nothing_is_mapped_and_little_is_there(story):

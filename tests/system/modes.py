@@ -75,13 +75,7 @@ def tree_eager(story):
     story.restore(family.parent, image, *mode("eager"))
     for member in family.members:
         demand(story.status(member).code == READY, "READY at once")
-    shutil.rmtree(image)
-    family.await_rounds("works without the image")
-    story.demand_no_agent()
-    for member, old in zip(family.members, before):
-        story.demand_untouched(member, old)
-    family.parent.end()
-    family.await_gone()
+    family.outlives(image, before)
 
 
 def zoo_lazy(story):

@@ -39,6 +39,16 @@ class Tree:
         for member in self.members:
             member.await_gone()
 
+    def outlives(self, image, before):
+        """Its image goes; it works on, as its footprints were, and ends well."""
+        shutil.rmtree(image)
+        self.await_rounds("works without the image")
+        self.story.demand_no_agent()
+        for member, old in zip(self.members, before):
+            self.story.demand_untouched(member, old)
+        self.parent.end()
+        self.await_gone()
+
 
 def generations(story, mib=24):
     tree = Tree(story, "--mib", mib)

@@ -1,8 +1,6 @@
 // `unmoor record`, and what `restore --record` leaves behind: noting a program's working set.
 #include "record.h"
 
-#include <fcntl.h>
-
 #include <csignal>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -64,9 +62,7 @@ void PrintReport(const std::string& directory, const RecordReport& report, bool 
 
 // Which file it is: each recording writes another.
 std::optional<ino_t> WorkingSetFile(const std::string& directory) {
-  const std::string path = WorkingSetPath(directory);
-  const auto file = OpenFile(path, O_RDONLY);
-  const auto info = file ? StatFd(file->get(), path) : Failure(file.error());
+  const auto info = Stat(WorkingSetPath(directory));
   return info ? std::optional(info->st_ino) : std::nullopt;
 }
 
