@@ -141,6 +141,7 @@ class Restorer {
   [[nodiscard]] Result<> Open();
   [[nodiscard]] Result<> NumberLayers();
   [[nodiscard]] Result<> CheckFreePids() const;
+  [[nodiscard]] Result<std::vector<LayerInfo>> PrepareToBring();
   [[nodiscard]] Result<> PrepareLazy();
   [[nodiscard]] Result<WaitingAgent> BeginAgent(const TemporaryView& view) const;
   [[nodiscard]] bool lazy() const { return mode_ == RestoreMode::kLazy; }
@@ -283,29 +284,29 @@ Result<> Restorer::Open() {
   return {};
 }
 
-Result<> Restorer::PrepareLazy() {
+// For a mode that maps nothing: we bring the pages, held against their hashes.
+Result<std::vector<LayerInfo>> Restorer::PrepareToBring() {
   std::vector<LayerInfo> infos;
   for (LayerReader& layer : layers_) {
     UNMOOR_TRY(layer.LoadHashes());
     infos.push_back(layer.info());
   }
+  report_.mapped = Bytes();
+  report_.mappings = 0;
+  return infos;
+}
+
+Result<> Restorer::PrepareLazy() {
+  UNMOOR_ASSIGN(const std::vector<LayerInfo> infos, PrepareToBring());
   UNMOOR_ASSIGN(lazy_.tasks, PlanLazyPages(manifest_, infos, directory_));
   lazy_.layers = std::move(layers_);
-  report_.mapped = Bytes();
   report_.loaded = Bytes();
-  report_.mappings = 0;
   return {};
 }
 
 Result<> Restorer::PrepareFill() {
-  std::vector<LayerInfo> infos;
-  for (LayerReader& layer : layers_) {
-    UNMOOR_TRY(layer.LoadHashes());
-    infos.push_back(layer.info());
-  }
+  UNMOOR_ASSIGN(const std::vector<LayerInfo> infos, PrepareToBring());
   UNMOOR_ASSIGN(fill_, PlanFill(manifest_, infos, directory_));
-  report_.mapped = Bytes();
-  report_.mappings = 0;
   report_.loaded = report_.data;
   return {};
 }
