@@ -10,8 +10,7 @@ namespace {
 constexpr Bytes kFirstBatch(uint64_t{16} << 20);
 constexpr Bytes kLargestBatch(uint64_t{32} << 20);
 constexpr Bytes kCopyChunk(uint64_t{8} << 20);   // between two looks at the program's events
-constexpr Bytes kWholeArea(uint64_t{64} << 20);  // never swapped in parts unless it is too hot, or
-constexpr uint64_t kWholeAreaFrees = 4;          // frees so many times what a batch may
+constexpr Bytes kWholeArea(uint64_t{64} << 20);  // never swapped in parts unless it is too hot
 constexpr Bytes kPieceSpan(uint64_t{4} << 30);   // address space swapped at once
 constexpr size_t kPiecesPerBatch = 16;
 constexpr int kRefreshRounds = 4;
@@ -72,17 +71,14 @@ Result<bool> Remapper::RunPlan(const std::function<void(const RemapCounts&)>& pr
   return false;  // look once more: mremap may have moved something meanwhile
 }
 
-// Whole blocks, about as many bytes of content as the pacer allows; a small area always at once,
-// since one that is anonymous in part is two VMAs for the time being, which an mremap of all of it
-// notices.
+// Whole blocks, about as many bytes of content as the pacer allows; a small area always at once.
 std::vector<Piece> Remapper::TakeBatch() {
   std::vector<Piece> batch;
   Bytes content;
   while (!todo_.empty() && content < pacer_.batch_size() && batch.size() < kPiecesPerBatch) {
     Piece& next = todo_.back();
     Piece piece{next.area, {next.range.begin, next.range.begin}};
-    const bool whole =
-        areas_[next.area].area.range == next.range && next.range.size() <= kWholeArea;
+    const bool whole = IsSmallArea(next);
     for (const VaddrRange block : CutIntoBlocks(
              {next.range.begin, std::min(next.range.end, next.range.begin + kPieceSpan)})) {
       piece.range.end = block.end;
@@ -116,16 +112,23 @@ Result<Remapper::Next> Remapper::CopyBatch(std::vector<Piece>& batch) {
   return Next::kContinue;
 }
 
-// Swapping frees the pages it replaces, while everybody waits. `freed`: by the pieces before; the
-// first block of a batch is never too much.
+// An area that is anonymous in part is two VMAs for the time being, which the program notices: mremap
+// of all of it fails. So a small one is cut only where it is too hot to be swapped otherwise.
+bool Remapper::IsSmallArea(const Piece& piece) const {
+  return areas_[piece.area].area.range == piece.range && piece.range.size() <= kWholeArea;
+}
+
+// Swapping frees the pages it replaces, while everybody waits. `freed`: by the pieces before. The
+// first block of a batch is never too much, nor the first piece where that is a small area.
 std::optional<Vaddr> Remapper::WhereTooMuchIsFreed(const Piece& piece, const RangeSet& own,
                                                    bool is_first, Bytes& freed) const {
-  const bool whole = is_first && areas_[piece.area].area.range == piece.range;
-  const Bytes most(pacer_.freed_limit().value * (whole ? kWholeAreaFrees : 1));
+  const bool small = IsSmallArea(piece);
   for (const VaddrRange block : CutIntoBlocks(piece.range)) {
     freed += own.SizeWithin(block);
-    const bool may_stay = is_first && block.begin == piece.range.begin;
-    if (freed > most && !may_stay) return block.begin;
+    const bool may_stay = is_first && (small || block.begin == piece.range.begin);
+    if (freed > pacer_.freed_limit() && !may_stay) {
+      return small ? piece.range.begin : block.begin;
+    }
   }
   return std::nullopt;
 }
@@ -178,7 +181,9 @@ Result<Remapper::Next> Remapper::SwapBatch(std::vector<Piece> batch) {
     }
     UNMOOR_ASSIGN(const bool changed, carrier_.HandleEvents());
     if (changed) return Next::kReplan;
-    if (freed.value * kPageSize > pacer_.freed_limit().value && KeepHalf(batch)) continue;
+    const bool too_much = ToBytes(freed) > pacer_.freed_limit();
+    const bool may_cut = batch.size() > 1 || !IsSmallArea(batch[0]);
+    if (too_much && may_cut && KeepHalf(batch)) continue;
     UNMOOR_ASSIGN(const SwapOutcome outcome, carrier_.Swap(batch, pacer_.dirty_limit()));
     counts_.longest_pause = std::max(counts_.longest_pause, outcome.pause);
     if (outcome.result == SwapResult::kSwapped) {

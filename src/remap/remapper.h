@@ -99,6 +99,7 @@ class Remapper {
   enum class Next { kContinue, kReplan };
   [[nodiscard]] Result<bool> RunPlan(const std::function<void(const RemapCounts&)>& progress);
   [[nodiscard]] std::vector<Piece> TakeBatch();
+  [[nodiscard]] bool IsSmallArea(const Piece& piece) const;
   // Shortens the batch where its swap would take too long.
   [[nodiscard]] Result<Next> CopyBatch(std::vector<Piece>& batch);
   [[nodiscard]] std::optional<Vaddr> WhereTooMuchIsFreed(const Piece& piece, const RangeSet& own,

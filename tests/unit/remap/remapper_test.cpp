@@ -264,12 +264,17 @@ TEST(RemapperPlans, WhatAPlanNamesTwiceIsSwappedOnce) {
   EXPECT_EQ(RunRemap(program, {}, [] {}, twice), "");
 }
 
-// The most that one window frees of `pages` pages which the program wrote throughout.
-uint64_t MostFreed(uint64_t pages) {
-  Program program(std::vector<uint64_t>(pages, 7000));
-  program.MapImage({kHigh, kHigh + pages}, 0);
-  for (uint64_t page = kHigh; page < kHigh + pages; ++page) {
-    EXPECT_EQ(program.Do(Make(Kind::kWrite, page, page + 1)), Program::Outcome::kDone);
+// The most that one window frees of areas of so many pages each, with pages of which the program wrote
+// the first `written`.
+uint64_t MostFreed(const std::vector<uint64_t>& areas, uint64_t written) {
+  Program program(std::vector<uint64_t>(areas.front(), 7000));
+  uint64_t begin = kHigh;
+  for (const uint64_t pages : areas) {
+    program.MapImage({begin, begin + pages}, 0);
+    for (uint64_t page = begin; page < begin + std::min(pages, written); ++page) {
+      EXPECT_EQ(program.Do(Make(Kind::kWrite, page, page + 1)), Program::Outcome::kDone);
+    }
+    begin += pages + 512;
   }
   uint64_t most = 0;
   EXPECT_EQ(RunRemap(program, {}, [] {},
@@ -280,11 +285,18 @@ uint64_t MostFreed(uint64_t pages) {
   return most;
 }
 
-// RunRemap asks for a millisecond. Areas this small are swapped whole, up to four times the limit.
+// RunRemap asks for a millisecond.
 TEST(RemapperPace, AWindowFreesNoMoreThanThePauseAllows) {
-  constexpr uint64_t kPages = 4 * (1'000'000 / 1200);
-  EXPECT_LE(MostFreed(4096), kPages);
-  EXPECT_EQ(MostFreed(2048), 2048U);
+  constexpr uint64_t kMost = 1'000'000 / 1200;
+  constexpr uint64_t kLarge = 64 * 256 + 512;  // above 64 MiB: may be cut
+  EXPECT_LE(MostFreed({kLarge}, 2048), kMost);
+  EXPECT_LE(MostFreed({512, 512, 512}, 512), kMost);
+}
+
+// mremap of all of it would fail meanwhile.
+TEST(RemapperPace, ASmallAreaIsNotCutForThat) {
+  EXPECT_EQ(MostFreed({2048}, 2048), 2048U);
+  EXPECT_EQ(MostFreed({1024, 1024}, 1024), 1024U);
 }
 
 // --- the model finds what it should
