@@ -184,9 +184,12 @@ Nanos WallClockNow() {
   return Nanos(int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec);
 }
 
+// Until a point in time: what is left of a span does not shrink while a signal's handler runs, and a
+// freeze of the threads that comes often enough would make the sleep last for ever.
 void SleepFor(Nanos time) {
-  timespec left{time.value / 1'000'000'000, time.value % 1'000'000'000};
-  while (::nanosleep(&left, &left) != 0 && errno == EINTR) {
+  const Nanos until = MonotonicNow() + time;
+  const timespec at{until.value / 1'000'000'000, until.value % 1'000'000'000};
+  while (::clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &at, nullptr) == EINTR) {
   }
 }
 
