@@ -244,8 +244,7 @@ void LazyServer::OnCommand() {
   if (!message || !*message) {
     if (!state_.running()) return EndProgram("the command that restored it died");
     Fd(std::exchange(pair_.command, -1)).Reset();
-    (void)RemoveTree(pair_.view);  // it may have died before it did
-    return;
+    return UnfinishedRestore(pair_.view).RemoveView();
   }
   switch ((*message)->kind) {
     case Kind::kRestoring:
@@ -423,7 +422,9 @@ void LazyServer::StepAll() {
   }
   if (rounds_for_faults_ >= kRoundsForFaults) rounds_for_faults_ = 0;
   if (MonotonicNow() - last_look_ > kLookAgain) CloseOfEnded();
-  if (state_.running() && state_.spaces().empty()) {
+  // The command removes its view as soon as the program runs, unless it dies.
+  const bool view_is_left = pair_.command >= 0 && Exists(pair_.view);
+  if (state_.running() && state_.spaces().empty() && !view_is_left) {
     Record({.kind = LazyRecord::Kind::kFinished});
   }
 }

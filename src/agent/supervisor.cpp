@@ -278,10 +278,10 @@ class Supervisor {
   }
 
   void Loop() {
-    while (!children_.empty() || restore_) {
+    while (!children_.empty() || restore_ || ViewIsLeft()) {
       std::vector<int> fds = {command_.get()};
       for (const Child& child : children_) fds.push_back(child.socket.get());
-      const bool idle = untold_.empty() && ended_.empty();
+      const bool idle = untold_.empty() && ended_.empty() && !(children_.empty() && done_restore_);
       const auto ready = WaitAnyReadable(fds, idle ? Nanos(-1) : kLookAgain);
       if (!ready) return;
       for (const int fd : *ready) {
@@ -328,6 +328,11 @@ class Supervisor {
     return {};
   }
 
+  // The command removes it as soon as the program runs, unless it dies.
+  bool ViewIsLeft() const {
+    return done_restore_ && command_.valid() && Exists(done_restore_->view());
+  }
+
   void OnCommand() {
     const auto message = NextMessage(command_.get());
     if (!message || !*message) {
@@ -336,7 +341,7 @@ class Supervisor {
         EndRestored();
         GiveUp();
       }
-      if (!done_view_.empty()) (void)RemoveTree(done_view_);
+      if (done_restore_) done_restore_->RemoveView();
       return;
     }
     switch ((*message)->kind) {
@@ -393,8 +398,7 @@ class Supervisor {
 
   void Resume() {
     const AgentMessage message = MakeMessage(AgentMessage::Kind::kResume, Pid{});
-    done_view_ = restore_->view();
-    restore_.reset();
+    done_restore_ = std::exchange(restore_, std::nullopt);
     TakeShortTurns(false);
     for (Child& child : children_) {
       if (child.spare) {
@@ -533,7 +537,7 @@ class Supervisor {
   std::optional<UnfinishedRestore> restore_;  // until the program runs
   bool may_run_ = false;                      // what was adopted,
   bool failed_ = false;                       // unless a task of it cannot
-  std::string done_view_;  // from then on; should the command die before it removes it
+  std::optional<UnfinishedRestore> done_restore_;  // from then on
 };
 
 }  // namespace

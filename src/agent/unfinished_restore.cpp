@@ -34,18 +34,15 @@ void UnfinishedRestore::End(std::span<const Pid> tasks) {
     if (process && (process->state == 'T' || process->state == 't')) KillTree(root);
   }
   for (const Pid task : tasks) (void)SendSignal(task, SIGKILL);
-  if (!view_.empty()) RemoveView();
+  RemoveView();
 }
 
 // Whoever was killed may be making its last file there, and a criu that we were not told of ends
-// by itself only in a moment.
+// by itself only in a moment. What is gone stays gone: only the command made it.
 void UnfinishedRestore::RemoveView() const {
-  constexpr int kLooks = 5;
   const Nanos began = MonotonicNow();
-  for (int gone = 0; gone < kLooks && MonotonicNow() - began < kLastWords;) {
-    (void)RemoveTree(view_);
-    gone = Exists(view_) ? 0 : gone + 1;
-    SleepFor(kLookAgain);
+  while (Exists(view_) && MonotonicNow() - began < kLastWords) {
+    if (!RemoveTree(view_)) SleepFor(kLookAgain);
   }
 }
 

@@ -1,7 +1,7 @@
-// A restore whose program does not run yet: what has to go should the command die.
+// A restore that its command has not finished: what has to go should the command die.
 //
-// The criu at work and all below it, the tasks it has made, the temporary view of its images. One
-// thread. See agent.h.
+// As long as the program does not run: the criu at work and all below it, the tasks it has made, the
+// temporary view of its images. From then on: the view. One thread. See agent.h.
 #pragma once
 
 #include <span>
@@ -21,10 +21,10 @@ class UnfinishedRestore {
   void CriuIs(Pid pid);
   // Ends criu, the tree it has made and those in `tasks`; removes the view.
   void End(std::span<const Pid> tasks);
-
- private:
+  // Tried again while somebody still makes files there; nothing where the command has done it.
   void RemoveView() const;
 
+ private:
   std::string view_;
   Pid criu_pid_;
   Fd criu_;

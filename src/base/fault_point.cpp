@@ -25,7 +25,8 @@ struct Fault {
     name = text.substr(0, colon);
     const std::string_view action = text.substr(colon + 1);
     const size_t at = action.find('@');
-    kill = action.substr(0, at) == "kill";
+    if (action.substr(0, at) == "kill") signal = SIGKILL;
+    if (action.substr(0, at) == "stop") signal = SIGSTOP;
     if (at == std::string_view::npos) return;
     const std::string which(action.substr(at + 1));
     passage = which == "*" ? kEvery : std::atoi(which.c_str());
@@ -33,7 +34,7 @@ struct Fault {
 
   static constexpr int kEvery = 0;
   std::string name;
-  bool kill = false;
+  int signal = 0;  // 0: the point fails
   int passage = 1;
   std::atomic<int> passages = 0;
 };
@@ -58,8 +59,8 @@ Result<> FaultPoint(const char* name) {
     if (fault.name != name) continue;
     const int passage = ++fault.passages;
     if (fault.passage != Fault::kEvery && fault.passage != passage) continue;
-    if (fault.kill) ::kill(::getpid(), SIGKILL);
-    return MachineError("fault injected at {}", name);
+    if (fault.signal == 0) return MachineError("fault injected at {}", name);
+    ::kill(::getpid(), fault.signal);
   }
   return {};
 }

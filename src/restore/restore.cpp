@@ -506,6 +506,7 @@ Result<Fd> Restorer::Restore(TemporaryView& view, std::optional<WaitingAgent>& a
   report_.tasks = tasks.alive;
   if (interrupt.Take() != 0) return MachineError("interrupted");
   if (agent) UNMOOR_TRY(agent->LetRun());
+  UNMOOR_TRY(FaultPoint("restore.program_runs"));
   view.Remove();
   if (!agent) ForgetEndedProcesses();
   RememberImage(tasks.alive, {directory_, manifest_.checkpoint_id});

@@ -318,7 +318,10 @@ def demand_nothing_restored(story, churn):
     poll(lambda: not criu_processes(story), "criu to end")
     poll(lambda: state(churn.pid) not in ("T", "t"), "nothing to stay stopped")
     views = os.path.join(story.folder, "unmoor-restore-*")
-    poll(lambda: not glob.glob(views), lambda: f"the view to be gone: {glob.glob(views)}")
+    def left():
+        return {view: [os.path.relpath(os.path.join(folder, name), view)
+                       for folder, _, names in os.walk(view) for name in names] for view in glob.glob(views)}
+    poll(lambda: not left(), lambda: f"the view to be gone: {left()}, agents {story.agents()}")
 
 
 def restore_killed(story):
@@ -350,6 +353,27 @@ def restore_killed(story):
     story.wait_ready(churn)
     churn.await_sweep()
     churn.end()
+
+
+def restore_killed_when_all_is_done(story):
+    """The program runs, and its agent has nothing left to do, before the command removes its view."""
+    churn = story.start("churn", "--threads", 1, "--mib", 4)
+    image = story.dump(churn, "image")
+    for mode in ("direct", "lazy"):
+        churn.popen = None
+        restore = story.popen([UNMOOR, "restore", "-D", image, "-d", "--mode", mode],
+                              env=story.environment | {"UNMOOR_FAULT": "restore.program_runs:stop"})
+        poll(lambda: state(restore.pid) == "T", "the command to be stopped there")
+        story.wait_ready(churn)
+        churn.await_progress("works")
+        demand(glob.glob(os.path.join(story.folder, "unmoor-restore-*")), "the view is there")
+        restore.kill()
+        restore.wait(60)
+        demand_nothing_restored(story, churn)
+        story.demand_no_agent()
+        churn.await_sweep()
+        kill(churn.pid)
+        churn.await_gone()
 
 
 def restore_killed_while_criu_waits(story):
@@ -579,7 +603,8 @@ STORIES = {
     "dump_killed": interrupted_dump(signal.SIGKILL, False),
 }
 for function in (worker_killed_semantics_kept, criu_killed_at_dump, criu_killed_at_restore,
-                 interrupted_restore, restore_killed, restore_killed_while_criu_waits, foreground_restore,
+                 interrupted_restore, restore_killed, restore_killed_when_all_is_done,
+                 restore_killed_while_criu_waits, foreground_restore,
                  disk_full_at_dump, disk_full_keeps_the_old_checkpoint, dump_while_direct_mapped,
                  dump_during_remap, dump_into_its_own_directory, image_moved_while_mapped,
                  image_deleted_while_mapped, mapped_by_another_tool):
