@@ -37,6 +37,22 @@ Failure PtraceError(int errnum, const char* what, Pid thread) {
   return SystemError(errnum, fmt::format("cannot {} thread {}", what, thread.value));
 }
 
+// Its next stop or its end, as waitpid tells them. 0: it has ended, which waitpid does not tell yet.
+//
+// A leader's end is told only once all of its threads are gone; those of them that are traced too, and
+// were killed with it, wait for us to ask. So nobody is waited for alone.
+pid_t AwaitChange(Pid thread, int& status) {
+  for (;;) {
+    const pid_t waited = ::waitpid(thread.value, &status, __WALL | WNOHANG);
+    if (waited != 0) return waited;
+    siginfo_t first{};
+    const int found = ::waitid(P_ALL, 0, &first, WEXITED | WSTOPPED | __WALL | WNOWAIT);
+    if (found != 0 || first.si_pid == thread.value) continue;
+    const auto process = ReadProcess(thread);
+    if (!process || process->ended()) return 0;
+  }
+}
+
 }  // namespace
 
 Result<StoppedThread> StoppedThread::Seize(Pid thread) {
@@ -143,13 +159,10 @@ Result<> StoppedThread::ContinueToStop(int request) {
   for (;;) {
     if (Ptrace(request, thread_, 0, nullptr) != 0) return PtraceError(errno, "resume", thread_);
     int status = 0;
-    pid_t waited = 0;
-    do {
-      waited = ::waitpid(thread_.value, &status, __WALL);
-    } while (waited < 0 && errno == EINTR);
-    if (waited < 0 || !WIFSTOPPED(status)) {
-      thread_ = Pid{};
-      remote_ = false;
+    const pid_t waited = AwaitChange(thread_, status);
+    if (waited <= 0 || !WIFSTOPPED(status)) {
+      if (waited != 0) thread_ = Pid{};
+      remote_ = stopped_ = false;
       return Failure(Error(ErrorKind::kMachine, ESRCH, "the program ended meanwhile"));
     }
     constexpr int kSystemCallStop = SIGTRAP | 0x80;
@@ -229,16 +242,24 @@ bool StoppedThread::InRestartableSequence() const {
   return critical_section != 0;
 }
 
+// Or its end.
+void StoppedThread::AwaitStop(Nanos limit) {
+  const Nanos began = MonotonicNow();
+  while (Poll() == State::kRunning && MonotonicNow() - began < limit) SleepFor(Nanos(20'000));
+}
+
 void StoppedThread::Detach() {
   if (thread_.value == 0) return;
   if (remote_) (void)EndRemote();
-  const Nanos began = MonotonicNow();
-  while (thread_.value != 0 && Poll() == State::kRunning && MonotonicNow() - began < kStopLimit) {
-    SleepFor(Nanos(20'000));
-  }
+  AwaitStop(kStopLimit);
   if (thread_.value == 0) return;
   const auto signal = static_cast<uintptr_t>(signal_);
-  Ptrace(PTRACE_DETACH, thread_, 0, reinterpret_cast<void*>(signal));
+  if (Ptrace(PTRACE_DETACH, thread_, 0, reinterpret_cast<void*>(signal)) != 0 && errno == ESRCH) {
+    stopped_ = false;  // killed; nobody else learns of its end before we do
+    AwaitStop(kSwallowLimit);
+    thread_ = Pid{};
+    return;
+  }
   if (requeue_ != 0) (void)::kill(thread_.value, std::exchange(requeue_, 0));
   thread_ = Pid{};
 }
@@ -340,9 +361,12 @@ Result<> ProgramStop::Stop(Nanos limit, const std::function<Result<bool>()>& on_
   return {};
 }
 
+// From the last to the leader, whose end is told after theirs.
 void ProgramStop::Release() {
-  std::erase_if(threads_,
-                [](StoppedThread& s) { return s.Poll() != StoppedThread::State::kRunning; });
+  for (size_t i = threads_.size(); i-- > 0;) {
+    const auto at = threads_.begin() + static_cast<ptrdiff_t>(i);
+    if (at->Poll() != StoppedThread::State::kRunning) threads_.erase(at);
+  }
 }
 
 namespace {

@@ -63,6 +63,7 @@ class StoppedThread {
  private:
   explicit StoppedThread(Pid thread) : thread_(thread) {}
   [[nodiscard]] Result<> ContinueToStop(int request);
+  void AwaitStop(Nanos limit);
   [[nodiscard]] user_regs_struct AbandonRegisters() const;
 
   Pid thread_;  // 0: moved from or detached

@@ -321,7 +321,10 @@ def demand_nothing_restored(story, churn):
     def left():
         return {view: [os.path.relpath(os.path.join(folder, name), view)
                        for folder, _, names in os.walk(view) for name in names] for view in glob.glob(views)}
-    poll(lambda: not left(), lambda: f"the view to be gone: {left()}, agents {story.agents()}")
+    def why():
+        logs = [open(log, errors="replace").read()[-1000:] for log in glob.glob(os.path.join(views, "criu.log"))]
+        return f"the view to be gone: {left()}, agents {story.agents()}, {logs}"
+    poll(lambda: not left(), why)
 
 
 def restore_killed(story):
@@ -341,9 +344,11 @@ def restore_killed(story):
             os.kill(restore.pid, signal.SIGKILL)
         restore.wait(60)
         demand_nothing_restored(story, churn)
+        # It may have been killed and not have ended yet.
+        worked = churn.report()["operations"]
+        poll(lambda: not is_alive(churn.pid) or churn.report()["operations"] > worked, "the program to work or end")
         if is_alive(churn.pid):
             ran += 1
-            churn.await_progress("works after a restore that was killed too late")
             story.wait_ready(churn)
             kill(churn.pid)
         churn.await_gone()

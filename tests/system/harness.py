@@ -326,7 +326,12 @@ class Program:
                 self.popen.poll()
             reap(self.pid)
             return not exists(self.pid)
-        poll(gone, f"process {self.pid} to be gone (state {state(self.pid)})", timeout)
+
+        def who():
+            lines = read_proc(self.pid, "status").splitlines()
+            told = [" ".join(line.split()) for line in lines if line.split(":")[0] in ("State", "PPid", "TracerPid")]
+            return f"process {self.pid} to be gone: {', '.join(told)}; agents {self.story.agents()}"
+        poll(gone, who, timeout)
 
     def end(self, timeout=120):
         """Asks it to verify everything and end; returns its last report."""
