@@ -22,6 +22,7 @@ std::atomic<void*> fault_address{nullptr};
 std::atomic<int> faults{0};
 std::atomic<bool> on_alternate{false};
 std::atomic<bool> sees_mask{false};
+std::atomic<bool> sees_own_blocked{false};
 
 // ThreadSanitizer's own handler stands in for every other, with all signals blocked; its own thread
 // has SIGSEGV blocked, so that each block is frozen for.
@@ -46,24 +47,34 @@ void OwnHandler(int signal, siginfo_t* info, void* context) {
   on_alternate = (stack.ss_flags & SS_ONSTACK) != 0;
   sigset_t mask;
   ::pthread_sigmask(SIG_SETMASK, nullptr, &mask);
-  sees_mask = sigismember(&mask, SIGUSR2) == 1 && sigismember(&mask, signal) == 1 &&
+  sees_own_blocked = sigismember(&mask, signal) == 1;
+  sees_mask = sigismember(&mask, SIGUSR2) == 1 &&
               (sigismember(&mask, SIGUSR1) == 0 || !kMasksAreKept) && context != nullptr;
   siglongjmp(back, 1);
 }
 
-void Install(int flags) {
+void Install(int flags, int signal = SIGSEGV) {
   struct sigaction action {};
   action.sa_sigaction = OwnHandler;
   action.sa_flags = SA_SIGINFO | flags;
   sigaddset(&action.sa_mask, SIGUSR2);
-  ::sigaction(SIGSEGV, &action, nullptr);
+  ::sigaction(signal, &action, nullptr);
 }
 
 // A fault of the program's own. True when its handler got it as it should.
-bool FaultOnPurpose(void* at, bool alternate) {
+bool FaultOnPurpose(void* at, bool alternate, bool own_blocked = true) {
   const int before = faults;
   if (sigsetjmp(back, 1) == 0) *static_cast<volatile char*>(at) = 1;
-  return faults == before + 1 && fault_address == at && on_alternate == alternate && sees_mask;
+  return faults == before + 1 && fault_address == at && on_alternate == alternate && sees_mask &&
+         (sees_own_blocked == own_blocked || !kMasksAreKept);
+}
+
+// A page behind the end of its file: SIGBUS.
+void* BehindTheEnd() {
+  const int file = ::memfd_create("empty", MFD_CLOEXEC);
+  void* at = ::mmap(nullptr, kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
+  ::close(file);
+  return at;
 }
 
 class OwnHandlers : public Hazard {
@@ -75,8 +86,10 @@ class OwnHandlers : public Hazard {
 
   // In a child: own faults on a page of its own, and writes under the guard, while remapping.
   bool FaultsAndWrites(const std::function<void()>& before, const std::function<void()>& during,
-                       bool alternate) {
-    void* own = ::mmap(nullptr, kPage, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+                       bool alternate, bool own_blocked = true, void* own = nullptr) {
+    if (own == nullptr) {
+      own = ::mmap(nullptr, kPage, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    }
     static char stack_memory[65536];
     const stack_t stack{stack_memory, 0, sizeof(stack_memory)};
     ::sigaltstack(&stack, nullptr);
@@ -92,9 +105,9 @@ class OwnHandlers : public Hazard {
       during();
       bool right = true;
       while (remapper.Wait(std::chrono::nanoseconds(0)).code() == unmoor::StatusCode::kTimedOut) {
-        right = right && FaultOnPurpose(own, alternate);
+        right = right && FaultOnPurpose(own, alternate, own_blocked);
       }
-      right = right && FaultOnPurpose(own, alternate);
+      right = right && FaultOnPurpose(own, alternate, own_blocked);
       caught += remapper.progress().faults_caught;
       over = true;
       writer.join();
@@ -115,6 +128,18 @@ TEST_F(OwnHandlers, InstalledBeforeWithAnAlternateStackGetTheirFaultsThere) {
 TEST_F(OwnHandlers, InstalledAfterOursGetTheirFaults) {
   EXPECT_TRUE(InChild([&] {
     return FaultsAndWrites([] { Install(SA_ONSTACK); }, [] { Install(SA_ONSTACK); }, true);
+  }));
+}
+
+TEST_F(OwnHandlers, ThatLeaveTheirSignalOpenFindItOpen) {
+  EXPECT_TRUE(InChild([&] {
+    return FaultsAndWrites([] { Install(SA_NODEFER); }, [] {}, false, false);
+  }));
+}
+
+TEST_F(OwnHandlers, OfBusErrorsGetThemWhileMemoryIsGuarded) {
+  EXPECT_TRUE(InChild([&] {
+    return FaultsAndWrites([] { Install(SA_ONSTACK, SIGBUS); }, [] {}, true, true, BehindTheEnd());
   }));
 }
 
@@ -200,6 +225,30 @@ TEST_F(OwnHandlers, ThatOursStoodInFrontOfAreCalledOnce) {
     void* own = ::mmap(nullptr, kPage, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     return FaultOnPurpose(own, false) && calls == 1;
   }));
+}
+
+// A SIGSEGV that is sent is ignored as it was meant to be; one that the program's own access made is
+// the end, whatever was said of it.
+TEST_F(OwnHandlers, IgnoredSignalsStayIgnoredAndFaultsFatal) {
+  SKIP_WHERE_HANDLERS_ARE_STOOD_IN_FOR();
+  std::fflush(nullptr);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    ::signal(SIGSEGV, SIG_IGN);
+    const auto keeper = Keeper();
+    Map();
+    if (!Start(Guard::kFault, false).Wait(kLimit).ok()) ::_exit(7);
+    for (int i = 0; i < 100; ++i) ::kill(::getpid(), SIGSEGV);
+    struct sigaction now {};
+    ::sigaction(SIGSEGV, nullptr, &now);
+    if (now.sa_handler == SIG_IGN) ::_exit(8);  // ours is not in front: nothing was tried
+    void* own = ::mmap(nullptr, kPage, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    *static_cast<volatile char*>(own) = 1;
+    ::_exit(9);
+  }
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV) << status;
 }
 
 // SA_RESETHAND: the first fault of its own, not one of the guard's, uses the handler up.

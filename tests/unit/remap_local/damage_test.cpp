@@ -4,6 +4,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cstdio>
+#include <string>
 #include <thread>
 
 #include "fixture.h"
@@ -36,6 +38,14 @@ TEST_F(Damage, ABlockThatDoesNotMatchItsHashStaysAndIsNamed) {
   EXPECT_EQ(status.code(), StatusCode::kDamaged);
   EXPECT_NE(status.message().find(PagesFile()), std::string::npos) << status.message();
   EXPECT_NE(status.message().find("hash"), std::string::npos) << status.message();
+  // Where in the file, and in memory: the 64 KiB are named, the 2 MiB around them stay.
+  const off_t block = FindInFile(5 * kMiB + 100) / 65536 * 65536;
+  EXPECT_NE(status.message().find("offset " + std::to_string(block)), std::string::npos)
+      << status.message();
+  const auto stays = reinterpret_cast<uintptr_t>(memory()) + 4 * kMiB;
+  char range[64];
+  std::snprintf(range, sizeof(range), "%lx-%lx", stays, stays + 2 * kMiB);
+  EXPECT_NE(status.message().find(range), std::string::npos) << status.message();
   const auto progress = remapper.progress();
   EXPECT_EQ(progress.status, RemapStatus::kNever);
   EXPECT_EQ(progress.refused_bytes, 2 * kMiB);

@@ -6,6 +6,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
+#include <ctime>
 #include <fstream>
 #include <thread>
 #include <vector>
@@ -33,6 +35,23 @@ size_t MappingsIn(const char* begin, size_t size) {
     if (from >= at && from < at + size) ++count;
   }
   return count;
+}
+
+void WriteTheSame(char* at) {
+  volatile char* const byte = at;
+  *byte = *byte;
+}
+
+bool MapsAFile(const char* at) {
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    size_t dash = 0;
+    const uint64_t begin = std::stoull(line, &dash, 16);
+    const uint64_t end = std::stoull(line.substr(dash + 1), nullptr, 16);
+    const auto address = reinterpret_cast<uint64_t>(at);
+    if (begin <= address && address < end) return line.ends_with(".pages");
+  }
+  return false;
 }
 
 size_t ThreadCount() {
@@ -88,7 +107,7 @@ TEST_F(Remapper, OrdersAndThreadsAllFinish) {
                            unmoor::RemapOrder::kHotFirst}) {
     for (const int threads : {1, 2, 5}) {
       Map();
-      memory()[20 * kMiB] = memory()[20 * kMiB];
+      WriteTheSame(memory() + 20 * kMiB);
       RemapOptions options;
       options.order = order;
       options.threads = threads;
@@ -99,6 +118,55 @@ TEST_F(Remapper, OrdersAndThreadsAllFinish) {
       ExpectPattern(0, size());
       Unmap();
     }
+  }
+}
+
+// What was written most is anonymous first. (Heat is looked at by 32 MiB.)
+TEST_F(Remapper, TheHotPartComesFirstWhereAskedFor) {
+  MakeImage(160 * kMiB);
+  for (const auto order : {unmoor::RemapOrder::kSequential, unmoor::RemapOrder::kHotFirst}) {
+    Map();
+    const size_t hot = 128 * kMiB;
+    for (size_t at = hot; at < hot + 8 * kMiB; at += kPage) WriteTheSame(memory() + at);
+    RemapOptions options;
+    options.order = order;
+    options.bytes_per_second = 64 << 20;
+    auto remapper = Start(Guard::kFreeze, true, options);
+    while (remapper.progress().windows == 0) ::usleep(1000);
+    remapper.Pause();
+    const bool first = order == unmoor::RemapOrder::kHotFirst;
+    EXPECT_EQ(MapsAFile(memory()), first);
+    EXPECT_EQ(MapsAFile(memory() + hot + 8 * kMiB - kPage), !first);
+    remapper.FinishNow();
+    EXPECT_TRUE(remapper.Wait(kLimit).ok());
+    ExpectPattern(0, size());
+    Unmap();
+  }
+}
+
+// A pace is a promise of at most so much; a machine under load only makes it less.
+TEST_F(Remapper, PaceAndShareOfACpuAreKept) {
+  MakeImage(256 * kMiB);
+  const auto cpu = [] {
+    timespec now{};
+    ::clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+    return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
+  };
+  for (const bool share : {false, true}) {
+    Map();
+    RemapOptions options;
+    if (share) options.cpu_share = 0.2;
+    if (!share) options.bytes_per_second = 256 << 20;
+    const double cpu_before = cpu();
+    const auto before = std::chrono::steady_clock::now();
+    auto remapper = Start(Guard::kFreeze, true, options);
+    ASSERT_TRUE(remapper.Wait(kLimit).ok());
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - before;
+    const double used = cpu() - cpu_before;
+    const double least = share ? used / options.cpu_share : 1.0;
+    EXPECT_GE(took.count(), 0.7 * least) << (share ? "cpu_share" : "bytes_per_second");
+    ExpectPattern(0, size());
+    Unmap();
   }
 }
 
