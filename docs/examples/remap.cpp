@@ -5,10 +5,10 @@
 #include <unmoor/checkpoint.h>
 #include <unmoor/direct_map.h>
 
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <numeric>
 
 template <class T>
 T Must(unmoor::StatusOr<T> result) {
@@ -19,13 +19,12 @@ T Must(unmoor::StatusOr<T> result) {
 
 int main(int argc, char** argv) {
   if (argc != 2) return 2;  // the directory in which the two images are made
-  const std::string first = argv[1] + std::string("/first"),
-                    second = argv[1] + std::string("/second");
+  const std::string first = std::string(argv[1]) + "/first", second = std::string(argv[1]) + "/second";
   constexpr size_t kSize = 64 << 20, kWords = kSize / sizeof(uint64_t);
   void* const at = mmap(nullptr, kSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   auto* const heap = static_cast<uint64_t*>(at);
   const unmoor::MemoryRange memory[] = {{at, kSize}};
-  for (size_t i = 0; i < kWords; ++i) heap[i] = i;
+  std::iota(heap, heap + kWords, 0);
   Must(unmoor::Checkpoint(memory, first));  // a full image
   munmap(at, kSize);
 
@@ -33,21 +32,18 @@ int main(int argc, char** argv) {
   auto map = Must(unmoor::DirectMap::Map(image));  // back at its address; nothing was read
   auto remapper = Must(unmoor::BackgroundRemapper::Start(map));
   size_t next = 0;  // use the memory meanwhile
-  do ++heap[next++ * 4099 % kWords];
-  while (remapper.progress().running);
+  while (remapper.progress().running) ++heap[next++ * 4099 % kWords];
   if (!remapper.Wait().ok()) return 1;
 
   unmoor::CheckpointOptions options;
   options.base = &image;  // only what changed is written
   const auto report = Must(unmoor::Checkpoint(memory, second, options));
-  uint64_t sum = 0;
-  for (size_t i = 0; i < kWords; ++i) sum += heap[i] * i;
+  const uint64_t sum = std::accumulate(heap, heap + kWords, uint64_t{0});
   std::filesystem::remove_all(first);  // the second needs nothing of it
   if (!map.Unmap().ok()) return 1;
-
   auto again = Must(unmoor::DirectMap::Map(Must(unmoor::PageImage::Open(second))));
-  for (size_t i = 0; i < kWords; ++i) sum -= heap[i] * i;
-  std::printf("%zu writes during the remap, %lu KiB written, %s\n", next,
-              static_cast<unsigned long>(report.written_bytes >> 10), sum == 0 ? "equal" : "WRONG");
-  return sum == 0 ? 0 : 1;
+  const bool equal = std::accumulate(heap, heap + kWords, uint64_t{0}) == sum;
+  std::printf("%zu writes during the remap, %llu KiB written, %s\n", next,
+              report.written_bytes / 1024ull, equal ? "equal" : "WRONG");
+  return equal ? 0 : 1;
 }

@@ -7,6 +7,7 @@ library_install.py --build DIR --unmoor PROGRAM
   - each public header compiles alone, as C++20 (C11), without the source tree and third-party code
   - both examples of docs/ build with nothing but pkg-config, static and shared, and run without
     privileges: make an image, map it, write while it is remapped, checkpoint again, delete the first
+  - the example in Python does the same by way of ctypes (the C API from a foreign language)
   - a CMake project finds the package
   - `unmoor show` tells what such an image is, `unmoor restore` refuses it by name
 """
@@ -117,6 +118,17 @@ def run_examples(libdir, where, static, unmoor):
         print(f"{'static' if static else 'shared'} {suffix[1:]}: {output.strip()}")
 
 
+def run_by_ctypes(libdir, where):
+    data = os.path.join(where, "data")
+    os.mkdir(data)
+    os.chown(data, 65534, 65534)
+    output = run(NOBODY + [sys.executable, "-B", os.path.join(SOURCE, "docs/examples/remap.py"), data],
+                 env=dict(os.environ, LD_LIBRARY_PATH=libdir))
+    assert output.strip() == "equal" and os.listdir(data) == ["second"], (output, os.listdir(data))
+    shutil.rmtree(data)
+    print("by ctypes: equal")
+
+
 def check_cmake_package(prefix, where):
     project = os.path.join(where, "project")
     os.mkdir(project)
@@ -151,6 +163,7 @@ def main():
         check_headers(prefix)
         check_cmake_package(prefix, where)
         run_examples(libdir, where, False, arguments.unmoor)
+        run_by_ctypes(libdir, where)
         for name in os.listdir(libdir):
             if ".so" in name:
                 os.remove(os.path.join(libdir, name))
