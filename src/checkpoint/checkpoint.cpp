@@ -42,6 +42,14 @@ std::string Describe(Pid pid) {
 // frozen_time of stats-dump: the u32 0x55105940, the u32 0x57093306, a length, and a message whose
 // field 1 is a message of varints; number 2 there is the frozen time in microseconds. Not worth a
 // schema: what does not look like that is no figure.
+// `name`, or with a number behind it where there is such a thing: the data of an earlier failure.
+std::string FreeName(const std::string& name) {
+  constexpr int kTries = 1000;
+  std::string free = name;
+  for (int i = 2; Exists(free) && i < kTries; ++i) free = fmt::format("{}-{}", name, i);
+  return free;
+}
+
 Nanos FrozenTime(const std::string& criu_directory) {
   const auto text = ReadFile(criu_directory + "/stats-dump", Bytes(4096));
   if (!text || text->size() < 14 || (*text)[12] != '\x0a') return Nanos(0);
@@ -668,7 +676,7 @@ Result<> Dumper::DumpHeld(const criu::CriuBinary& criu) {
                                        published.error().message(), Describe(options_.pid))));
     }
     // The program is gone: what was written is all there is of it.
-    const std::string saved = options_.directory + ".unpublished";
+    const std::string saved = FreeName(options_.directory + ".unpublished");
     if (!Exists(directory) || !Rename(directory, saved)) return Failure(published.error());
     return MachineError("{}; the program has ended, its complete data is kept in {}",
                         published.error().message(), saved);

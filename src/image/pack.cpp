@@ -50,6 +50,22 @@ bool SameFile(const std::string& a, const std::string& b) {
   return one && other && one->st_ino == other->st_ino && one->st_dev == other->st_dev;
 }
 
+// The layers that are (not) packed. Of the directory's list, so that none counts for plain because
+// it could not be looked at.
+Result<std::vector<ManifestLayer>> LayersIn(const std::string& directory, const Manifest& manifest,
+                                            bool packed) {
+  UNMOOR_ASSIGN(const std::vector<std::string> names, ListDirectory(LayersDirectory(directory)));
+  const auto has = [&](const ManifestLayer& layer, std::string_view suffix) {
+    return std::ranges::binary_search(names, layer.id + std::string(suffix));
+  };
+  std::vector<ManifestLayer> layers;
+  for (const ManifestLayer& layer : manifest.layers) {
+    const bool is_packed = !has(layer, kPagesSuffix) && has(layer, kPackedSuffix);
+    if (is_packed == packed) layers.push_back(layer);
+  }
+  return layers;
+}
+
 // What both directions have in common: where to, the links, the publication.
 class Conversion {
  public:
@@ -73,12 +89,8 @@ class Conversion {
   }
 
   // The layers that are (not) packed now.
-  [[nodiscard]] std::vector<ManifestLayer> Layers(bool packed) const {
-    std::vector<ManifestLayer> layers;
-    for (const ManifestLayer& layer : manifest_.layers) {
-      if (IsPackedLayer(source_, layer.id) == packed) layers.push_back(layer);
-    }
-    return layers;
+  [[nodiscard]] Result<std::vector<ManifestLayer>> Layers(bool packed) const {
+    return LayersIn(source_, manifest_, packed);
   }
 
   // Files of these layers in the form they have stay behind.
@@ -190,7 +202,7 @@ void RemoveOlderCaches(const std::string& directory, const std::string& current)
     const auto lock = DirectoryLock::Take(cache, LockUse::kWrite);
     if (!lock) continue;
     spdlog::info("removing {}, unpacked before the machine was started anew", cache);
-    if (const auto removed = RemoveTree(cache); !removed) {
+    if (const auto removed = RemoveAsLeftover(cache); !removed) {
       spdlog::warn("{}", removed.error().message());
     }
   }
@@ -209,7 +221,7 @@ Result<PackReport> PackDirectory(const std::string& directory,
                                  const Compression& compression, const PackProgress& progress) {
   Conversion conversion(directory, progress);
   UNMOOR_TRY(conversion.Begin(out));
-  const std::vector<ManifestLayer> layers = conversion.Layers(false);
+  UNMOOR_ASSIGN(const std::vector<ManifestLayer> layers, conversion.Layers(false));
   if (layers.empty()) {
     return UserError("{} holds no layer that is not packed already; nothing was done", directory);
   }
@@ -223,7 +235,7 @@ Result<PackReport> UnpackDirectory(const std::string& directory,
                                    const PackProgress& progress) {
   Conversion conversion(directory, progress);
   UNMOOR_TRY(conversion.Begin(out));
-  const std::vector<ManifestLayer> layers = conversion.Layers(true);
+  UNMOOR_ASSIGN(const std::vector<ManifestLayer> layers, conversion.Layers(true));
   if (layers.empty()) return UserError("{} is not packed; nothing was done", directory);
   UNMOOR_TRY(conversion.Link(layers));
   UNMOOR_TRY(conversion.UnpackAll(layers, true));
@@ -254,7 +266,8 @@ Result<std::optional<UnpackedCache>> UnpackForRestore(const std::string& directo
   if (!HoldsPackedLayers(directory)) return std::optional<UnpackedCache>();
   UNMOOR_ASSIGN(const Manifest manifest, ReadManifest(directory));
   UNMOOR_ASSIGN(const std::string source, RealPath(directory));
-  if (!IsPacked(source, manifest)) return std::optional<UnpackedCache>();
+  UNMOOR_ASSIGN(const auto packed, LayersIn(source, manifest, true));
+  if (packed.empty()) return std::optional<UnpackedCache>();
   UnpackedCache cache;
   UNMOOR_ASSIGN(cache.directory, CachePath(source));
   RemoveOlderCaches(source, cache.directory);
@@ -270,7 +283,7 @@ Result<std::optional<UnpackedCache>> UnpackForRestore(const std::string& directo
                     "unpacks elsewhere)",
                     directory)));
   }
-  const std::vector<ManifestLayer> layers = conversion.Layers(true);
+  UNMOOR_ASSIGN(const std::vector<ManifestLayer> layers, conversion.Layers(true));
   UNMOOR_TRY(conversion.Link(layers));
   UNMOOR_TRY(conversion.UnpackAll(layers, false));
   UNMOOR_ASSIGN(const PackReport report, conversion.Publish("cache.before_publish", false));

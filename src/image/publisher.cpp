@@ -70,7 +70,9 @@ Result<> CheckReplaceable(const Place& place) {
                      target);
   }
   UNMOOR_ASSIGN(const std::vector<std::string> names, ListDirectory(target));
-  if (names.empty() || IsCheckpointDirectory(target)) return {};
+  if (names.empty()) return {};
+  UNMOOR_ASSIGN(const bool ours, IsCheckpointDirectory(target));
+  if (ours) return {};
   return UserError(
       "{} is not empty and holds more than an unmoor checkpoint; give an empty or a new directory",
       target);
@@ -95,16 +97,11 @@ Result<Fd> LockParent(const std::string& parent) {
   return MachineError("{} has been locked by another process for 10 s", parent);
 }
 
-bool IsPartialName(std::string_view name, std::string_view prefix) {
-  return name.starts_with(prefix) && name.size() == prefix.size() + kSuffixLength &&
-         name.find('.', prefix.size()) == std::string_view::npos;
-}
-
 // Removes what killed commands left; an error when one is at work. REQUIRES the parent's lock.
 Result<> RemoveLeftovers(const Place& place) {
   UNMOOR_ASSIGN(const std::vector<std::string> names, ListDirectory(place.parent));
   for (const std::string& name : names) {
-    if (!IsPartialName(name, place.partial_prefix())) continue;
+    if (!IsPartialName(name) || !name.starts_with(place.partial_prefix())) continue;
     const std::string path = place.parent + "/" + name;
     auto lock = LockDirectory(path);
     if (!lock && (lock.error().errnum() == ENOENT || lock.error().errnum() == ENOTDIR)) continue;
@@ -140,11 +137,27 @@ Result<> SyncTree(const std::string& directory) {
 
 }  // namespace
 
-bool IsCheckpointDirectory(const std::string& dir) {
-  const auto names = ListDirectory(dir);
-  if (!names || !std::ranges::binary_search(*names, "manifest.json")) return false;
-  if (!std::ranges::all_of(*names, IsImagePart)) return false;
+Result<> RemoveAsLeftover(const std::string& path) {
+  UNMOOR_ASSIGN(const std::string id, NewId());
+  const std::string gone = path + std::string(kPartialInfix) + id.substr(0, kSuffixLength);
+  UNMOOR_TRY(Rename(path, gone));
+  UNMOOR_TRY(FaultPoint("rm.after_rename"));
+  return RemoveTree(gone);
+}
+
+bool IsPartialName(std::string_view name) {
+  const size_t at = name.rfind(kPartialInfix);
+  return at != std::string_view::npos && at > 0 &&
+         name.size() == at + kPartialInfix.size() + kSuffixLength &&
+         name.find('.', at + 1) == std::string_view::npos;
+}
+
+Result<bool> IsCheckpointDirectory(const std::string& dir) {
+  UNMOOR_ASSIGN(const std::vector<std::string> names, ListDirectory(dir));
+  if (!std::ranges::binary_search(names, "manifest.json")) return false;
+  if (!std::ranges::all_of(names, IsImagePart)) return false;
   const auto text = ReadFile(ManifestPath(dir));
+  if (!text && text.error().errnum() != 0) return Failure(text.error());
   return text && text->find("\"unmoor checkpoint\"") != std::string::npos;
 }
 
@@ -185,7 +198,8 @@ Result<> Publisher::MoveIntoPlace() {
   // DIR may have changed since Begin, and what it holds is about to be removed.
   UNMOOR_ASSIGN(const std::vector<std::string> names, ListDirectory(target_));
   if (names.empty()) return Rename(partial_, target_);
-  if (!IsCheckpointDirectory(target_)) {
+  UNMOOR_ASSIGN(const bool ours, IsCheckpointDirectory(target_));
+  if (!ours) {
     return UserError("{} was filled by somebody else meanwhile; nothing was published", target_);
   }
   // Held until it is removed, too, so that nobody takes the older one for left over.

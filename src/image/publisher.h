@@ -16,6 +16,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 #include "base/result.h"
 #include "image/directory_lock.h"
@@ -52,7 +53,14 @@ class Publisher {
   DirectoryLock target_lock_;  // of the older checkpoint, until it is removed
 };
 
+// Removes a tree by one rename to the name of a partial directory: killed behind it, the next
+// command or gc finishes the work, whatever is left of it. Fault point: rm.after_rename.
+[[nodiscard]] Result<> RemoveAsLeftover(const std::string& path);
+
+// Whether a name is one of a partial directory, of whatever image.
+[[nodiscard]] bool IsPartialName(std::string_view name);
+
 // True when every entry of `dir` is one a checkpoint of ours has, and the manifest is among them.
-[[nodiscard]] bool IsCheckpointDirectory(const std::string& dir);
+[[nodiscard]] Result<bool> IsCheckpointDirectory(const std::string& dir);
 
 }  // namespace unmoor

@@ -30,6 +30,9 @@ Mapping::~Mapping() {
 
 Result<Mapping> Mapping::OfFile(int fd, uint64_t offset, size_t size) {
   if (size == 0) return Mapping();
+  if (const int failure = BeforeFileCall("mmap", fd, {}); failure != 0) {
+    return SystemError(failure, "cannot map file");
+  }
   void* data = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, fd, static_cast<off_t>(offset));
   if (data == MAP_FAILED) return SystemError(errno, "cannot map file");
   return Mapping(static_cast<std::byte*>(data), size);

@@ -224,7 +224,11 @@ Result<struct stat> StatFd(int fd, const std::string& name) {
 }
 
 bool Exists(const std::string& path) {
-  return ::faccessat(AT_FDCWD, path.c_str(), F_OK, AT_SYMLINK_NOFOLLOW) == 0;
+  if (!FailsByHook("faccessat", -1, path) &&
+      ::faccessat(AT_FDCWD, path.c_str(), F_OK, AT_SYMLINK_NOFOLLOW) == 0) {
+    return true;
+  }
+  return errno != ENOENT && errno != ENOTDIR;
 }
 
 Result<bool> IsTmpfs(const std::string& path) {
@@ -267,6 +271,7 @@ Result<> SymbolicLink(const std::string& target, const std::string& path) {
 
 Result<std::string> ReadLink(const std::string& path) {
   std::string target(4096, 0);
+  if (FailsByHook("readlink", -1, path)) return FileError(errno, "read link", path);
   const ssize_t n = ::readlink(path.c_str(), target.data(), target.size());
   if (n < 0) return FileError(errno, "read link", path);
   target.resize(static_cast<size_t>(n));

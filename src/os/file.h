@@ -53,6 +53,7 @@ namespace unmoor {
 
 [[nodiscard]] Result<struct stat> Stat(const std::string& path);  // follows links
 [[nodiscard]] Result<struct stat> StatFd(int fd, const std::string& name);
+// Where it cannot be told (EIO, EACCES) it does: whoever opens it then says why not.
 [[nodiscard]] bool Exists(const std::string& path);
 [[nodiscard]] Result<bool> IsTmpfs(const std::string& path);
 // Names without "." and "..", sorted.

@@ -8,12 +8,16 @@
 #include <sstream>
 
 #include "os/file.h"
+#include "os/file_hook.h"
 
 namespace unmoor {
 
 namespace {
 
 Result<bool> TryLockAs(int kind, int fd, const std::string& name) {
+  if (const int failure = BeforeFileCall("flock", fd, name); failure != 0) {
+    return SystemError(failure, "cannot lock " + name);
+  }
   if (::flock(fd, kind | LOCK_NB) == 0) return true;
   if (errno == EWOULDBLOCK) return false;
   return SystemError(errno, "cannot lock " + name);

@@ -10,6 +10,7 @@
 
 #include "os/fd.h"
 #include "os/file.h"
+#include "os/file_hook.h"
 
 namespace unmoor {
 namespace {
@@ -38,6 +39,7 @@ class WriteRing::Impl {
     }
     // UNMOOR_NO_IO_URING: for tests of the way without it.
     ring_ready_ = std::getenv("UNMOOR_NO_IO_URING") == nullptr &&
+                  BeforeFileCall("io_uring_setup", fd_, name_) == 0 &&
                   ::io_uring_queue_init(kEntries, &ring_, 0) == 0;
     // Not fatal: a small RLIMIT_MEMLOCK of an unprivileged user forbids it.
     registered_ = ring_ready_ && ::io_uring_register_buffers(&ring_, list.data(), count) == 0;
@@ -65,7 +67,10 @@ class WriteRing::Impl {
     UNMOOR_CHECK(entry != nullptr);
     Buffer& buffer = buffers_[taken_];
     const auto length = static_cast<unsigned>(part.size());
-    if (registered_) {
+    const int failure = BeforeFileCall("io_uring write", fd_, name_);
+    if (failure != 0) {
+      ::io_uring_prep_nop(entry);  // told of when it completes, as a real failure is
+    } else if (registered_) {
       ::io_uring_prep_write_fixed(entry, fd_, part.data(), length, offset.value,
                                   static_cast<int>(taken_));
     } else {
@@ -73,7 +78,7 @@ class WriteRing::Impl {
     }
     const uint64_t number = next_number_++;
     entry->user_data = number;
-    buffer.writes.push_back({number, part, offset});
+    buffer.writes.push_back({number, part, offset, failure});
     ++under_way_;
     int submitted = 0;
     do {
@@ -99,6 +104,7 @@ class WriteRing::Impl {
     uint64_t number;
     std::span<const std::byte> part;
     FileOffset offset;
+    int failure;  // the hook's
   };
   struct Buffer {
     Mapping memory;
@@ -136,6 +142,7 @@ class WriteRing::Impl {
       for (size_t i = 0; i < buffer.writes.size(); ++i) {
         if (buffer.writes[i].number != number) continue;
         const Pending pending = buffer.writes[i];
+        if (pending.failure != 0) result = -pending.failure;
         buffer.writes.erase(buffer.writes.begin() + static_cast<ptrdiff_t>(i));
         if (result < 0 && result != -EINTR && result != -EAGAIN) {
           return SystemError(-result, fmt::format("cannot write {}", name_));

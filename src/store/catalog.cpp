@@ -4,6 +4,7 @@
 #include <fcntl.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <map>
 #include <set>
 #include <utility>
@@ -18,9 +19,6 @@
 
 namespace unmoor {
 namespace {
-
-constexpr std::string_view kPartialInfix = ".partial-";
-constexpr size_t kSuffixLength = 6;
 
 // Counts what removing files would free: a file's blocks once its last name is gone.
 class LinkCounter {
@@ -60,13 +58,6 @@ class LinkCounter {
   std::map<std::pair<dev_t, ino_t>, File> files_;
 };
 
-bool IsLeftoverName(std::string_view name) {
-  const size_t at = name.rfind(kPartialInfix);
-  return at != std::string_view::npos && at > 0 &&
-         name.size() == at + kPartialInfix.size() + kSuffixLength &&
-         name.find('.', at + 1) == std::string_view::npos;
-}
-
 bool IsImage(const std::string& directory) {
   return Exists(ManifestPath(directory));
 }
@@ -83,7 +74,7 @@ Result<std::vector<std::string>> ImagesIn(const std::string& place) {
   for (const std::string& name : names) {
     const std::string directory = path + "/" + name;
     // What was unpacked for a restore is no generation of its own.
-    if (!IsLeftoverName(name) && !IsCacheName(name) && IsImage(directory)) images.push_back(directory);
+    if (!IsPartialName(name) && !IsCacheName(name) && IsImage(directory)) images.push_back(directory);
   }
   return images;
 }
@@ -122,33 +113,39 @@ Generation ReadGeneration(const std::string& directory) {
 }
 
 // Made by a command of ours, as far as it got: a folder of somebody else's may have such a name.
-bool HoldsOnlyImageParts(const std::string& path) {
-  const auto names = ListDirectory(path);
-  return names && std::ranges::all_of(*names, IsImagePart);
+Result<bool> HoldsOnlyImageParts(const std::string& path) {
+  UNMOOR_ASSIGN(const std::vector<std::string> names, ListDirectory(path));
+  return std::ranges::all_of(names, IsImagePart);
 }
 
-// Locked by a command at work, or gone meanwhile: not garbage. REQUIRES the store's lock, under
-// which commands make and lock such directories.
-bool IsInUse(const std::string& path) {
-  const auto fd = OpenFile(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW);
-  if (!fd) return true;
-  const auto locked = TryLock(fd->get(), path);
-  return !locked || !*locked;
+// Locked by a command at work. REQUIRES the store's lock, under which commands make and lock such
+// directories.
+Result<bool> IsInUse(const std::string& path) {
+  UNMOOR_ASSIGN(const Fd fd, OpenFile(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW));
+  UNMOOR_ASSIGN(const bool locked, TryLock(fd.get(), path));
+  return !locked;
+}
+
+// Somebody else's, in use, or gone meanwhile: not garbage, and no failure of the machine.
+bool IsNotOurs(const Error& error) {
+  const int errnum = error.errnum();
+  return errnum == 0 || errnum == ENOENT || errnum == ENOTDIR || errnum == ELOOP ||
+         errnum == EACCES || errnum == EPERM;
 }
 
 // Files in DIR/layers that its manifest does not name.
-void FindUnnamedLayers(const std::string& directory, std::vector<Garbage>& items) {
-  const auto manifest = ReadManifest(directory);
-  const auto names = ListDirectory(LayersDirectory(directory));
-  if (!manifest || !names) return;
+Result<std::vector<Garbage>> FindUnnamedLayers(const std::string& directory,
+                                               const Manifest& manifest) {
+  UNMOOR_ASSIGN(const std::vector<std::string> names, ListDirectory(LayersDirectory(directory)));
+  std::vector<Garbage> items;
   std::set<std::string> known;
-  for (const ManifestLayer& layer : manifest->layers) {
+  for (const ManifestLayer& layer : manifest.layers) {
     known.insert(layer.id + std::string(kPagesSuffix));
     known.insert(layer.id + std::string(kIndexSuffix));
     // Where both forms are, the packed one is not read.
     if (IsPackedLayer(directory, layer.id)) known.insert(layer.id + std::string(kPackedSuffix));
   }
-  for (const std::string& name : *names) {
+  for (const std::string& name : names) {
     const bool repair = name.find(".repair-") != std::string::npos;
     const size_t dot = name.find('.');
     if (known.contains(name) || dot == std::string::npos || !IsValidId(name.substr(0, dot))) continue;
@@ -158,15 +155,46 @@ void FindUnnamedLayers(const std::string& directory, std::vector<Garbage>& items
                      repair ? "left by a repair that did not finish"
                             : "a layer file that the manifest does not name"});
   }
+  return items;
 }
 
-// By one rename to the name of a leftover; killed behind it, gc finishes the work.
-Result<> MoveAwayAndRemove(const std::string& path) {
-  UNMOOR_ASSIGN(const std::string id, NewId());
-  const std::string gone = path + std::string(kPartialInfix) + id.substr(0, kSuffixLength);
-  UNMOOR_TRY(Rename(path, gone));
-  UNMOOR_TRY(FaultPoint("rm.after_rename"));
-  return RemoveTree(gone);
+// What of a store's entry is garbage, and the lock under which it is removed.
+struct EntryGarbage {
+  std::vector<Garbage> items;
+  DirectoryLock lock;
+  bool whole = false;  // the entry itself, which may be an image
+  std::optional<Kept> kept;
+};
+
+Result<EntryGarbage> FindGarbage(const std::string& store, const std::string& name) {
+  const std::string entry = store + "/" + name;
+  EntryGarbage garbage;
+  if (IsPartialName(name)) {
+    UNMOOR_ASSIGN(const bool ours, HoldsOnlyImageParts(entry));
+    if (!ours) return garbage;
+    UNMOOR_ASSIGN(const bool used, IsInUse(entry));
+    if (used) {
+      garbage.kept = Kept{entry, "in use by a command", {}};
+    } else {
+      garbage.items = {{entry, "left by a command that did not finish"}};
+    }
+    return garbage;
+  }
+  if (!IsImage(entry)) return garbage;
+  if (IsCacheName(name)) {
+    UNMOOR_ASSIGN(garbage.whole, IsCheckpointDirectory(entry));
+    if (!garbage.whole) return garbage;
+  }
+  UNMOOR_ASSIGN(garbage.lock, DirectoryLock::Take(entry, LockUse::kWrite));
+  if (garbage.whole) {
+    garbage.items = {{entry, "unpacked for a restore"}};
+  } else {
+    UNMOOR_ASSIGN(const Manifest manifest, ReadManifest(entry));
+    UNMOOR_ASSIGN(garbage.items, FindUnnamedLayers(entry, manifest));
+    garbage.kept = Kept{entry, "an image", {}};
+    for (const ManifestLayer& layer : manifest.layers) garbage.kept->layers.push_back(layer.id);
+  }
+  return garbage;
 }
 
 }  // namespace
@@ -202,20 +230,21 @@ Result<Bytes> RemoveImage(const std::string& directory) {
   UNMOOR_ASSIGN(const DirectoryLock lock, DirectoryLock::Take(directory, LockUse::kWrite));
   if (!lock.held()) return UserError("{} does not exist, or is no directory", directory);
   UNMOOR_ASSIGN(const std::string path, RealPath(directory));
-  if (!IsCheckpointDirectory(path)) {
+  UNMOOR_ASSIGN(const bool is_image, IsCheckpointDirectory(path));
+  if (!is_image) {
     return UserError("{} is not an image directory, or holds more than an image; nothing was "
                      "removed",
                      directory);
   }
   LinkCounter links;
   links.Add(path);
-  UNMOOR_TRY(MoveAwayAndRemove(path));
+  UNMOOR_TRY(RemoveAsLeftover(path));
   // What restores unpacked of it goes too, unless a command is just using it: gc will.
   for (const std::string& cache : CachesOf(path)) {
     const auto cache_lock = DirectoryLock::Take(cache, LockUse::kWrite);
     if (!cache_lock) continue;
     links.Add(cache);
-    UNMOOR_TRY(MoveAwayAndRemove(cache));
+    UNMOOR_TRY(RemoveAsLeftover(cache));
   }
   UNMOOR_TRY(SyncPath(path.substr(0, std::max<size_t>(1, path.rfind('/')))));
   return links.Freed();
@@ -230,30 +259,21 @@ Result<GarbageReport> CollectGarbage(const std::string& store, bool dry_run) {
   UNMOOR_ASSIGN(const DirectoryLock store_lock, DirectoryLock::Take(path, LockUse::kWrite));
   GarbageReport report;
   LinkCounter links;
-  const auto collect = [&](const std::vector<Garbage>& items) -> Result<> {
-    for (const Garbage& item : items) {
+  for (const std::string& name : names) {
+    const auto found = FindGarbage(path, name);
+    if (!found && !IsNotOurs(found.error())) return Failure(found.error());
+    if (!found) {
+      report.kept.push_back({path + "/" + name, found.error().message(), {}});
+      continue;
+    }
+    if (found->kept) report.kept.push_back(*found->kept);
+    for (const Garbage& item : found->items) {
       links.Add(item.path);
       UNMOOR_TRY(FaultPoint("gc.before_remove"));
-      if (!dry_run) UNMOOR_TRY(RemoveTree(item.path));
+      if (!dry_run) {
+        UNMOOR_TRY(found->whole ? RemoveAsLeftover(item.path) : RemoveTree(item.path));
+      }
       report.items.push_back(item);
-    }
-    return {};
-  };
-  for (const std::string& name : names) {
-    const std::string entry = path + "/" + name;
-    if (IsLeftoverName(name)) {
-      if (!HoldsOnlyImageParts(entry) || IsInUse(entry)) continue;
-      UNMOOR_TRY(collect({{entry, "left by a command that did not finish"}}));
-    } else if (IsCacheName(name) && IsCheckpointDirectory(entry)) {
-      const auto lock = DirectoryLock::Take(entry, LockUse::kWrite);
-      if (!lock) continue;
-      UNMOOR_TRY(collect({{entry, "unpacked for a restore"}}));
-    } else if (IsImage(entry)) {
-      const auto lock = DirectoryLock::Take(entry, LockUse::kWrite);
-      if (!lock) continue;  // somebody reads or replaces it now
-      std::vector<Garbage> items;
-      FindUnnamedLayers(entry, items);
-      UNMOOR_TRY(collect(items));
     }
   }
   report.bytes = links.Freed();

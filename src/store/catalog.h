@@ -43,8 +43,16 @@ struct Garbage {
   std::string why;
 };
 
+// What is reachable, or in use: gc leaves it alone.
+struct Kept {
+  std::string path;
+  std::string why;
+  std::vector<std::string> layers;  // ids, of an image
+};
+
 struct GarbageReport {
   std::vector<Garbage> items;
+  std::vector<Kept> kept;
   Bytes bytes;  // on disk; a file that something else links to frees nothing
 };
 

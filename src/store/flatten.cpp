@@ -134,7 +134,7 @@ Result<Bytes> Flattener::Write(const std::string& directory, Bytes total) {
   if (layer) UNMOOR_TRY(writer_->Describe(manifest, *layer, directory));
 
   const std::string& from = image_.directory();
-  if (Exists(CriuDirectory(from))) {
+  if (manifest.kind == ImageKind::kProcess) {
     UNMOOR_TRY(LinkFiles(CriuDirectory(from), CriuDirectory(directory)));
   }
   if (manifest.user_data) {

@@ -1,4 +1,5 @@
-// Whatever fails while an image is published or flattened, the old or the new one is there, whole.
+// Whatever fails while a command makes, changes or removes an image, the old or the new one is
+// there, whole.
 //
 // Three ways of failing: each system call on files in turn returns an error; the machine loses
 // power before each of them, and what no fsync has made durable is gone; the command is killed at
@@ -12,12 +13,17 @@
 #include <set>
 #include <thread>
 
+#include "image/pack.h"
+#include "image/packed_layer.h"
 #include "image/verify.h"
 #include "image_fixture.h"
 #include "os/file_hook.h"
 #include "simulated_tree.h"
 #include "store/catalog.h"
+#include "store/export.h"
 #include "store/flatten.h"
+#include "store/import.h"
+#include "store/verify.h"
 
 namespace unmoor {
 namespace {
@@ -28,7 +34,31 @@ namespace {
 const int kInMemory =
     IsTmpfs("/dev/shm").value_or(false) ? ::setenv("TEST_TMPDIR", "/dev/shm", 0) : 0;
 
-// An image with a chain behind it in a directory of its own.
+std::vector<std::string> NamesIn(const std::string& directory) {
+  return ListDirectory(directory).value_or(std::vector<std::string>());
+}
+
+Result<> CopyTree(const std::string& from, const std::string& to) {
+  UNMOOR_TRY(MakeDirectory(to));
+  for (const std::string& name : NamesIn(from)) {
+    const bool directory = ListDirectory(from + "/" + name).has_value();
+    UNMOOR_TRY((directory ? CopyTree : CopyFile)(from + "/" + name, to + "/" + name));
+  }
+  return {};
+}
+
+// Overwrites some bytes in the middle of what the file holds.
+Result<> Spoil(const std::string& path) {
+  UNMOOR_ASSIGN(const Fd fd, OpenFile(path, O_RDWR));
+  UNMOOR_ASSIGN(const struct stat info, StatFd(fd.get(), path));
+  UNMOOR_ASSIGN(
+      const auto data,
+      DataRanges(fd.get(), {FileOffset(0), FileOffset(static_cast<uint64_t>(info.st_size))}, path));
+  const FileOffset at = data.front().begin + Bytes(data.front().size().value / 2);
+  return WriteExactlyAt(fd.get(), std::vector<std::byte>(16, std::byte{0x55}), at, path);
+}
+
+// An image with a chain behind it, and what else a command may need, in directories of their own.
 class Chain {
  public:
   Chain() {
@@ -36,66 +66,220 @@ class Chain {
     for (uint64_t page = 0; page < 36; ++page) tree_[1].pages[page] = page + 1;
     tree_[2] = tree_[1];
     tree_[2].parent = 1;
-    const std::string first = parents_.path() + "/first";
+    const std::string first = beside("first");
     EXPECT_TRUE(DumpTree(tree_, first, std::nullopt, true));
     tree_[1].pages[3] = 300;
     tree_[2].pages.erase(5);
     EXPECT_TRUE(DumpTree(tree_, image(), first, true));
+    EXPECT_TRUE(DumpStock(tree_, image() + "/criu", false));
     next_ = tree_;
     next_[1].pages[9] = 900;
   }
   [[nodiscard]] const std::string& store() const { return store_.path(); }
   [[nodiscard]] std::string image() const { return store_.path() + "/image"; }
+  [[nodiscard]] std::string out() const { return store_.path() + "/out"; }
+  // Outside the store.
+  [[nodiscard]] std::string beside(const std::string& name) const {
+    return beside_.path() + "/" + name;
+  }
   [[nodiscard]] const SimulatedTree& tree() const { return tree_; }
   // The tree a generation later.
   [[nodiscard]] const SimulatedTree& next() const { return next_; }
 
  private:
-  const TemporaryDirectory parents_;
+  const TemporaryDirectory beside_;
   const TemporaryDirectory store_;
   SimulatedTree tree_;
   SimulatedTree next_;
 };
 
-// What is done to it: each makes `image` anew.
-struct Command {
-  const char* name;
-  Result<> (*run)(const Chain&);
-  bool changes;  // it holds next() afterwards, not tree()
-};
-const Command kCommands[] = {
-    {"flatten",
-     [](const Chain& chain) {
-       return Flatten({chain.image(), {}, {}}).map([](const FlattenReport&) {});
-     },
-     false},
-    {"dump over its own parent",
-     [](const Chain& chain) { return DumpTree(chain.next(), chain.image(), chain.image(), true); },
-     true},
-};
-
-// Whether `image` is sound and holds what it held before, or what it should hold afterwards.
-bool IsOld(const Chain& chain, const std::string& image) {
-  return ExpectShows(image, chain.tree()).has_value();
-}
-bool IsNew(const Chain& chain, const Command& command, const std::string& image) {
-  return ExpectShows(image, command.changes ? chain.next() : chain.tree()).has_value();
-}
+// Of the layers; of a packed one also of what its frames hold.
 std::vector<std::string> DamagesOf(const std::string& image) {
   std::vector<std::string> damages;
   const auto manifest = ReadManifest(image);
   if (!manifest) return {manifest.error().message()};
   for (const ManifestLayer& layer : manifest->layers) {
-    for (const Damage& damage : VerifyLayer(image, layer.id, &layer, {}).damages) {
-      damages.push_back(damage.what);
-    }
+    const LayerVerdict verdict = IsPackedLayer(image, layer.id)
+                                     ? VerifyPackedLayer(image, layer.id, &layer, true, {})
+                                     : VerifyLayer(image, layer.id, &layer, {});
+    for (const Damage& damage : verdict.damages) damages.push_back(damage.what);
   }
   return damages;
 }
 
-std::vector<std::string> NamesIn(const std::string& directory) {
-  return ListDirectory(directory).value();
+// Whether the image, packed or not, is sound and a restore would show just this tree.
+bool Shows(const std::string& image, const SimulatedTree& tree) {
+  const auto manifest = ReadManifest(image);
+  if (!manifest || !DamagesOf(image).empty()) return false;
+  if (NamesIn(CriuDirectory(image)).empty()) return false;
+  if (!IsPacked(image, *manifest)) return ExpectShows(image, tree).has_value();
+  const TemporaryDirectory place;
+  const std::string plain = place.path() + "/plain";
+  return UnpackDirectory(image, plain, {}) && ExpectShows(plain, tree);
 }
+
+bool ShowsTree(const Chain& chain) {
+  return Shows(chain.image(), chain.tree());
+}
+bool IsPackedNow(const Chain& chain) {
+  const auto manifest = ReadManifest(chain.image());
+  return manifest && IsPacked(chain.image(), *manifest);
+}
+
+// What is done. Each test calls `prepare` first; `whole` must hold at any moment from then on, and
+// `done` once the command said so.
+struct Command {
+  const char* name;
+  Result<> (*run)(const Chain&);
+  bool (*whole)(const Chain&);
+  bool (*done)(const Chain&);
+  Result<> (*prepare)(const Chain&);
+  std::vector<std::string> left;  // what the store holds afterwards
+};
+
+Result<> Nothing(const Chain&) {
+  return {};
+}
+template <class Report>
+Result<> Forget(const Result<Report>& report) {
+  return report ? Result<>() : Failure(report.error());
+}
+Result<> PackImage(const Chain& chain) {
+  return Forget(PackDirectory(chain.image(), {}, {}, {}));
+}
+
+Result<> RepairImage(const Chain& chain) {
+  VerifyDirectoryOptions options;
+  options.directory = chain.image();
+  options.deep = true;
+  options.repair_from = chain.beside("copy");
+  UNMOOR_ASSIGN(const VerifyDirectoryReport report, VerifyDirectory(options));
+  if (!report.sound()) return UserError("{}", report.damages.front().what);
+  return {};
+}
+// Its first layer damaged, a whole image in "copy", one as damaged in "damaged".
+Result<> DamageImage(const Chain& chain,
+                     std::string (*file)(const std::string&, const std::string&)) {
+  UNMOOR_TRY(CopyTree(chain.image(), chain.beside("copy")));
+  const std::string id = ReadManifest(chain.image())->layers.front().id;
+  UNMOOR_TRY(Spoil(file(chain.image(), id)));
+  return CopyTree(chain.image(), chain.beside("damaged"));
+}
+// Mended, or damaged just as it was.
+bool IsNoWorse(const Chain& chain) {
+  std::vector<std::string> damages = DamagesOf(chain.beside("damaged"));
+  for (std::string& damage : damages) {
+    damage.replace(damage.find(chain.beside("damaged")), chain.beside("damaged").size(),
+                   chain.image());
+  }
+  const std::vector<std::string> now = DamagesOf(chain.image());
+  return now.empty() || now == damages;
+}
+
+bool IsSound(const Chain& chain) {
+  return DamagesOf(chain.image()).empty();
+}
+
+// What killed commands left, of each kind.
+Result<> Litter(const Chain& chain) {
+  const std::string layers = LayersDirectory(chain.image());
+  UNMOOR_ASSIGN(const std::string id, NewId());
+  UNMOOR_TRY(WriteFile(layers + "/" + id + ".pages", "nobody's"));
+  UNMOOR_TRY(WriteFile(layers + "/" + id + ".pages.repair-0123ab", "half"));
+  UNMOOR_TRY(MakeDirectory(chain.image() + ".partial-0123ab"));
+  UNMOOR_TRY(CopyTree(layers, LayersDirectory(chain.image() + ".partial-0123ab")));
+  return CopyTree(chain.image(), chain.store() + "/.image.unpacked-01234567");
+}
+bool IsTidy(const Chain& chain) {
+  return NamesIn(chain.store()) == std::vector<std::string>{"image"} &&
+         NamesIn(LayersDirectory(chain.image())).size() ==
+             2 * ReadManifest(chain.image())->layers.size();
+}
+
+std::string CacheIn(const Chain& chain) {
+  const std::vector<std::string> caches = CachesOf(chain.image());
+  return caches.empty() ? "" : caches.front();
+}
+
+// A plain CRIU directory, held against the tree by importing it.
+bool IsStockOfTree(const std::string& directory, const SimulatedTree& tree) {
+  const TemporaryDirectory place;
+  const std::string image = place.path() + "/image";
+  return Import({directory, image, "test", {}}) && Shows(image, tree);
+}
+
+const std::vector<std::string> kOnlyImage = {"image"};
+const Command kFlatten{"flatten",
+                       [](const Chain& chain) {
+                         return Forget(Flatten({chain.image(), {}, {}}));
+                       },
+                       ShowsTree,
+                       [](const Chain& chain) {
+                         const auto manifest = ReadManifest(chain.image());
+                         return manifest && manifest->layers.size() == 1;
+                       },
+                       Nothing,
+                       kOnlyImage};
+const Command kDump{
+    "dump over its own parent",
+    [](const Chain& chain) { return DumpTree(chain.next(), chain.image(), chain.image(), true); },
+    [](const Chain& chain) { return ShowsTree(chain) || Shows(chain.image(), chain.next()); },
+    [](const Chain& chain) { return Shows(chain.image(), chain.next()); },
+    Nothing,
+    kOnlyImage};
+const std::vector<Command> kCommands = {
+    kFlatten,
+    kDump,
+    {"pack", PackImage, ShowsTree, IsPackedNow, Nothing, kOnlyImage},
+    {"unpack", [](const Chain& chain) { return Forget(UnpackDirectory(chain.image(), {}, {})); },
+     ShowsTree, [](const Chain& chain) { return !IsPackedNow(chain); }, PackImage, kOnlyImage},
+    {"unpack for a restore",
+     [](const Chain& chain) { return Forget(UnpackForRestore(chain.image(), {})); },
+     [](const Chain& chain) {
+       return ShowsTree(chain) && (CacheIn(chain).empty() || Shows(CacheIn(chain), chain.tree()));
+     },
+     [](const Chain& chain) { return !CacheIn(chain).empty(); }, PackImage, kOnlyImage},
+    {"rm",
+     [](const Chain& chain) { return Forget(RemoveImage(chain.image())); },
+     [](const Chain& chain) { return !Exists(chain.image()) || ShowsTree(chain); },
+     [](const Chain& chain) { return !Exists(chain.image()); },
+     Litter,
+     {}},
+    {"gc", [](const Chain& chain) { return Forget(CollectGarbage(chain.store(), false)); },
+     ShowsTree, IsTidy, Litter, kOnlyImage},
+    {"repair of pages", RepairImage, IsNoWorse, IsSound,
+     [](const Chain& chain) { return DamageImage(chain, LayerPagesPath); }, kOnlyImage},
+    {"repair of an index", RepairImage, IsNoWorse, IsSound,
+     [](const Chain& chain) { return DamageImage(chain, LayerIndexPath); }, kOnlyImage},
+    {"repair of a packed layer", RepairImage, IsNoWorse, IsSound,
+     [](const Chain& chain) -> Result<> {
+       UNMOOR_TRY(PackImage(chain));
+       return DamageImage(chain, LayerPackedPath);
+     },
+     kOnlyImage},
+    {"import",
+     [](const Chain& chain) {
+       return Forget(Import({chain.beside("stock"), chain.out(), "test", {}}));
+     },
+     [](const Chain& chain) { return !Exists(chain.out()) || Shows(chain.out(), chain.tree()); },
+     [](const Chain& chain) { return Exists(chain.out()); },
+     [](const Chain& chain) -> Result<> {
+       UNMOOR_TRY(MakeDirectory(chain.beside("stock")));
+       return DumpStock(chain.tree(), chain.beside("stock"), true);
+     },
+     {"image", "out"}},
+    {"export",
+     [](const Chain& chain) {
+       return Forget(Export({chain.image(), chain.out(), {}}));
+     },
+     [](const Chain& chain) {
+       return ShowsTree(chain) &&
+              (!Exists(chain.out()) || IsStockOfTree(chain.out(), chain.tree()));
+     },
+     [](const Chain& chain) { return Exists(chain.out()); },
+     Nothing,
+     {"image", "out"}},
+};
 
 class Hooked {
  public:
@@ -108,47 +292,65 @@ class Hooked {
 // --- Errors
 // ----------------------------------------------------------------------------------------
 
+// The nth call on files fails; `failed` is its name. False: there were not so many.
+bool FailNth(const Command& command, int nth, int errnum, std::string& failed, int& failures) {
+  const Chain chain;
+  EXPECT_TRUE(command.prepare(chain)) << command.name;
+  std::atomic<int> calls = 0;
+  std::string path;
+  Result<> result;
+  {
+    const Hooked hooked([&](const FileCall& call) {
+      if (calls++ != nth) return 0;
+      failed = call.name;
+      path = call.path;
+      return errnum;
+    });
+    result = command.run(chain);
+  }
+  const std::string what =
+      fmt::format("{}: {} {} fails with {}", command.name, failed, path, errnum);
+  EXPECT_TRUE(command.whole(chain)) << what;
+  if (result) {
+    EXPECT_TRUE(command.done(chain)) << what;
+  } else {
+    ++failures;
+    EXPECT_FALSE(result.error().message().empty()) << what;
+  }
+  // Nothing is in the way of the next one, and it leaves nothing.
+  if (!command.done(chain)) {
+    const Result<> again = command.run(chain);
+    EXPECT_TRUE(again) << what << ", then " << again.error().message();
+  }
+  EXPECT_TRUE(command.done(chain) && command.whole(chain)) << what;
+  EXPECT_TRUE(CollectGarbage(chain.store(), false)) << what;
+  EXPECT_EQ(NamesIn(chain.store()), command.left) << what;
+  EXPECT_TRUE(result || calls > nth) << command.name;
+  return calls > nth;
+}
+
 TEST(Crash, AnErrorOfAnySystemCallIsToldAndNothingIsLost) {
+  const std::vector<int> all = {ENOSPC, EIO, EMFILE, ENOMEM};
+  std::set<std::string> names;
   for (const Command& command : kCommands) {
-    const std::vector<int> all = {ENOSPC, EIO, EMFILE, ENOMEM};
-    // All four for the one, in rotation for the other: what is done about them is the same.
-    for (size_t round = 0; round < (command.changes ? 1 : all.size()); ++round) {
+    // All four for one command, in rotation for the others: what is done about them is the same.
+    const size_t rounds = &command == &kCommands.front() ? all.size() : 1;
+    for (size_t round = 0; round < rounds; ++round) {
       int failures = 0;
-      for (int nth = 0;; ++nth) {
-        const int errnum = all[(round + static_cast<size_t>(nth)) % all.size()];
-        const Chain chain;
-        std::atomic<int> calls = 0;
-        std::string failed;
-        Result<> result;
-        {
-          const Hooked hooked([&](const FileCall& call) {
-            if (calls++ != nth) return 0;
-            failed = std::string(call.name) + " " + call.path;
-            return errnum;
-          });
-          result = command.run(chain);
-        }
-        const std::string what = fmt::format("{}: {} fails with {}", command.name, failed, errnum);
-        if (calls <= nth) {  // all have had their turn
-          ASSERT_OK(result);
-          ASSERT_GT(nth, 50) << command.name;
-          break;
-        }
-        ASSERT_TRUE(IsOld(chain, chain.image()) || IsNew(chain, command, chain.image())) << what;
-        ASSERT_TRUE(DamagesOf(chain.image()).empty()) << what;
-        if (!result) {
-          ++failures;
-          ASSERT_FALSE(result.error().message().empty()) << what;
-        } else {
-          ASSERT_TRUE(IsNew(chain, command, chain.image())) << what;
-        }
-        // Nothing is in the way of the next one, and it leaves nothing.
-        ASSERT_OK(command.run(chain));
-        ASSERT_OK(CollectGarbage(chain.store(), false));
-        ASSERT_EQ(ListDirectory(chain.store())->size(), 1u) << what;
+      int nth = 0;
+      std::string name;
+      const auto errnum = [&] { return all[(round + static_cast<size_t>(nth)) % all.size()]; };
+      while (FailNth(command, nth, errnum(), name, failures)) {
+        names.insert(name);
+        ++nth;
       }
-      EXPECT_GT(failures, 30) << command.name;  // most calls matter
+      EXPECT_GT(nth, 20) << command.name;
+      EXPECT_GT(failures, nth / 3) << command.name << ", " << nth << " calls";  // most matter
     }
+  }
+  for (const char* name : {"pwrite", "write", "io_uring write", "fsync", "rename", "exchange",
+                           "link", "unlink", "flock", "mkdtemp", "ftruncate"}) {
+    EXPECT_TRUE(names.contains(name)) << name << " never had its turn";
   }
 }
 
@@ -243,7 +445,8 @@ class Disk {
 };
 
 TEST(Crash, ALossOfPowerLeavesTheOldOrTheNewImage) {
-  for (const Command& command : kCommands) {
+  for (const Command& command : {kFlatten, kDump}) {
+    const bool changes = std::string(command.name) == kDump.name;
     const Chain chain;
     const size_t layers_before = ReadManifest(chain.image())->layers.size();
     Disk disk(chain.store());
@@ -257,13 +460,12 @@ TEST(Crash, ALossOfPowerLeavesTheOldOrTheNewImage) {
         const std::string what = fmt::format("{}: power lost {}, {} names kept", command.name, when,
                                              names ? "all" : "durable");
         ++crashes;
-        ASSERT_TRUE(IsOld(chain, image) || IsNew(chain, command, image)) << what;
-        const std::vector<std::string> damages = DamagesOf(image);
-        ASSERT_TRUE(damages.empty()) << what << ": " << damages.front();
+        const bool is_new = Shows(image, changes ? chain.next() : chain.tree());
+        ASSERT_TRUE(is_new || Shows(image, chain.tree())) << what;
         if (!finished) continue;
         // What was reported done is done.
-        ASSERT_TRUE(IsNew(chain, command, image)) << what;
-        ASSERT_EQ(ReadManifest(image)->layers.size() == 1, !command.changes) << what;
+        ASSERT_TRUE(is_new) << what;
+        ASSERT_EQ(ReadManifest(image)->layers.size() == 1, !changes) << what;
       }
     };
     Result<> result;
@@ -309,15 +511,14 @@ TEST(Crash, KilledAtAnyPointOfAFlattenTheImageIsThereAndTheNextCommandTidiesUp) 
       const int status = RunHiddenTest("Crash.DISABLED_ChildFlattens", std::string(point) + ":kill",
                                        chain.store());
       ASSERT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) << point;
-      ASSERT_TRUE(IsOld(chain, chain.image())) << point;
-      ASSERT_TRUE(DamagesOf(chain.image()).empty()) << point;
+      ASSERT_TRUE(ShowsTree(chain)) << point;
       if (collect) {
         ASSERT_OK(CollectGarbage(chain.store(), false));
       } else {
         ASSERT_OK(Flatten({chain.image(), {}, {}}));
       }
       EXPECT_EQ(ListDirectory(chain.store()).value(), std::vector<std::string>{"image"}) << point;
-      ASSERT_TRUE(IsOld(chain, chain.image())) << point;
+      ASSERT_TRUE(ShowsTree(chain)) << point;
     }
   }
 }

@@ -1,17 +1,23 @@
 // See simulated_tree.h.
 #include "simulated_tree.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "checkpoint/parent.h"
+#include "criu/image_codec.h"
+#include "criu/metadata.h"
+#include "criu/page_images.h"
 #include "image/delta_writer.h"
 #include "image/layer_reader.h"
 #include "image/layout.h"
 #include "image/manifest.h"
 #include "image/publisher.h"
 #include "os/file.h"
+#include "proto/image.pb.h"
 #include "restore/plan.h"
 
 namespace unmoor {
@@ -111,6 +117,43 @@ Result<> ExpectTask(const criu::TaskMapping& plan, const std::vector<LayerReader
   return {};
 }
 
+Result<> WriteImage(const std::string& path, criu::ImageType type,
+                    const google::protobuf::MessageLite& message) {
+  criu::ImageBuilder image(type);
+  image.Append(message.SerializeAsString());
+  return WriteFile(path, image.data());
+}
+
+Result<> WriteMetadata(const std::string& directory, uint32_t vpid, const SimulatedTask& task) {
+  criu::proto::CoreEntry core;
+  core.mutable_tc()->set_task_state(static_cast<uint32_t>(criu::TaskState::kAlive));
+  core.mutable_tc()->set_exit_code(0);
+  core.mutable_tc()->set_comm("task");
+  UNMOOR_TRY(WriteImage(fmt::format("{}/core-{}.img", directory, vpid), criu::ImageType::kCore,
+                        core));
+  criu::proto::MmEntry mm;
+  using Mm = criu::proto::MmEntry;
+  for (const auto set :
+       {&Mm::set_start_code, &Mm::set_end_code, &Mm::set_start_data, &Mm::set_end_data,
+        &Mm::set_start_stack, &Mm::set_start_brk, &Mm::set_brk, &Mm::set_arg_start,
+        &Mm::set_arg_end, &Mm::set_env_start, &Mm::set_env_end}) {
+    (mm.*set)(kPageSize);
+  }
+  mm.set_exe_file_id(1);
+  for (const auto& [first, last] : task.vmas) {
+    criu::proto::VmaEntry& vma = *mm.add_vmas();
+    vma.set_start(AddressOf(first).value);
+    vma.set_end(AddressOf(last).value);
+    vma.set_pgoff(0);
+    vma.set_shmid(0);
+    vma.set_prot(PROT_READ | PROT_WRITE);
+    vma.set_flags(MAP_PRIVATE | MAP_ANONYMOUS);
+    vma.set_status(criu::kVmaRegular | criu::kVmaAnonPrivate);
+    vma.set_fd(-1);
+  }
+  return WriteImage(fmt::format("{}/mm-{}.img", directory, vpid), criu::ImageType::kMm, mm);
+}
+
 }  // namespace
 
 void SimulatedTask::Unmap(uint64_t begin, uint64_t end) {
@@ -170,6 +213,30 @@ Result<> DumpTree(const SimulatedTree& tree, const std::string& directory,
   }
   UNMOOR_TRY(WriteManifest(publisher.path(), manifest));
   return publisher.Publish(sync);
+}
+
+Result<> DumpStock(const SimulatedTree& tree, const std::string& directory, bool pages) {
+  criu::ImageBuilder tasks(criu::ImageType::kPstree);
+  criu::PageImageWriter writer(directory);
+  for (const auto& [vpid, task] : tree) {
+    criu::proto::PstreeEntry entry;
+    entry.set_pid(vpid);
+    entry.set_ppid(task.parent);
+    entry.set_pgid(1);
+    entry.set_sid(1);
+    entry.add_threads(vpid);
+    tasks.Append(entry.SerializeAsString());
+    UNMOOR_TRY(WriteMetadata(directory, vpid, task));
+    const criu::PageStreamId stream{criu::StreamKind::kTask, vpid};
+    UNMOOR_TRY(writer.Open(stream));
+    for (const auto& [page, word] : task.pages) {
+      UNMOOR_TRY(writer.Pages(stream, AddressOf(page), criu::kPagePresent, Contents(word)));
+      if (!pages) break;  // CRIU refuses a task without any
+    }
+  }
+  UNMOOR_TRY(WriteFile(directory + "/inventory.img", "criu's"));
+  UNMOOR_TRY(WriteFile(directory + "/pstree.img", tasks.data()));
+  return writer.Finish(false);
 }
 
 Result<> ExpectShows(const std::string& directory, const SimulatedTree& tree) {

@@ -36,6 +36,10 @@ using SimulatedTree = std::map<uint32_t, SimulatedTask>;  // by vpid; 1 is the r
 [[nodiscard]] Result<> DumpTree(const SimulatedTree& tree, const std::string& directory,
                                 const std::optional<std::string>& parent, bool sync = false);
 
+// What stock criu would have written of it. Without `pages`: its metadata as it is beside a layer.
+[[nodiscard]] Result<> DumpStock(const SimulatedTree& tree, const std::string& directory,
+                                 bool pages);
+
 // An error unless a restore of the image would show just this tree, and each VMA would grow into
 // zeros.
 [[nodiscard]] Result<> ExpectShows(const std::string& directory, const SimulatedTree& tree);

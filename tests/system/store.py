@@ -1,6 +1,7 @@
 #!/usr/bin/env -S python3 -B
 """Image directories kept, checked and mended: what the commands that need no running program do."""
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -322,6 +323,13 @@ def log_rm_gc(story):
     dry = story.unmoor("gc", store, "--dry-run", "--json").json()
     demand(sorted(i["path"] for i in dry["items"]) == sorted([left, foreign]), f"these two: {dry}")
     demand(os.path.exists(left) and os.path.exists(foreign), "--dry-run removes nothing")
+    kept = {item["path"]: item for item in dry["kept"]}
+    demand(set(kept) == {images[2], held}, f"reachable is the image, in use the other: {kept}")
+    with open(os.path.join(images[2], "manifest.json"), encoding="utf-8") as file:
+        ids = [layer["id"] for layer in json.load(file)["layers"]]
+    demand(kept[images[2]]["layers"] == ids, f"its layers: {kept}")
+    text = story.unmoor("gc", store, "--dry-run").out
+    demand(f"kept {images[2]}: an image of 1 layer\n" in text and f"would remove {left}" in text, text)
     done = story.unmoor("gc", store, "--json").json()
     demand(done["items"] == dry["items"] and done["freed_bytes"] == dry["freed_bytes"] > 16 << 20, f"{done}")
     demand(not os.path.exists(left) and not os.path.exists(foreign), "they are gone")

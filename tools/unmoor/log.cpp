@@ -98,12 +98,25 @@ int RunCollect(const StoreArguments& arguments) {
   if (arguments.json) {
     nlohmann::json list = nlohmann::json::array();
     for (const Garbage& item : report->items) list.push_back({{"path", item.path}, {"why", item.why}});
+    nlohmann::json kept = nlohmann::json::array();
+    for (const Kept& item : report->kept) {
+      kept.push_back({{"path", item.path}, {"why", item.why}, {"layers", item.layers}});
+    }
     PrintJson({{"dry_run", arguments.dry_run},
                {"items", std::move(list)},
+               {"kept", std::move(kept)},
                {"freed_bytes", report->bytes.value}});
     return kExitSuccess;
   }
-  for (const Garbage& item : report->items) Print(fmt::format("{}: {}\n", item.path, item.why));
+  for (const Kept& item : report->kept) {
+    const size_t layers = item.layers.size();
+    Print(fmt::format("kept {}: {}{}\n", item.path, item.why,
+                      layers == 0 ? "" : fmt::format(" of {} layer{}", layers, layers == 1 ? "" : "s")));
+  }
+  for (const Garbage& item : report->items) {
+    Print(fmt::format("{} {}: {}\n", arguments.dry_run ? "would remove" : "removed", item.path,
+                      item.why));
+  }
   Print(fmt::format("{} {}, {}\n", report->items.size(),
                     arguments.dry_run ? "would be removed" : "removed",
                     HumanBytes(report->bytes) + (arguments.dry_run ? " would be freed" : " freed")));
@@ -148,9 +161,10 @@ Action ConfigureCollect(CLI::App& app) {
   app.add_flag("-n,--dry-run", arguments->dry_run, "Only say what would be removed");
   app.add_flag("--json", arguments->json, "One JSON object on stdout");
   app.footer(
-      "\nRemoves what killed commands left (DIR.partial-XXXXXX that nobody holds, unfinished\n"
-      "repairs) and layer files that the manifest beside them does not name. Images are never\n"
-      "removed: that is 'unmoor rm'.\n");
+      "\nRemoves what killed commands left (NAME.partial-XXXXXX that nobody holds, unfinished\n"
+      "repairs), what restores unpacked of packed images (.NAME.unpacked-BOOT) and layer files that\n"
+      "the manifest beside them does not name; says what it keeps: each image, and what is in use.\n"
+      "Images are never removed: that is 'unmoor rm'.\n");
   return [arguments](const Invocation&) { return RunCollect(*arguments); };
 }
 

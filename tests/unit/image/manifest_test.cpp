@@ -175,7 +175,7 @@ TEST_F(ManifestTest, UserDataIsComparedWithItsHash) {
   const auto entry = WriteUserData(dir_.path(), "roots\n");
   ASSERT_OK(entry);
   EXPECT_EQ(ReadUserData(dir_.path(), *entry).value(), "roots\n");
-  EXPECT_TRUE(IsCheckpointDirectory(dir_.path()));
+  EXPECT_TRUE(IsCheckpointDirectory(dir_.path()).value());
   ASSERT_OK(WriteFile(UserDataPath(dir_.path()), "Roots\n"));
   EXPECT_FALSE(ReadUserData(dir_.path(), *entry));
   ASSERT_OK(WriteFile(UserDataPath(dir_.path()), "roots"));
