@@ -2,7 +2,8 @@
 """Reads image directories of unmoor. Written from docs/format.md alone, with none of unmoor's code, so
 that what is on disk stays readable without it; the tests hold the two against each other.
 
-  read_image.py list DIR                        tasks, their VMAs, and where their pages are
+  read_image.py list DIR                        tasks, their VMAs, and where their pages are; the
+                                                working set, in its order
   read_image.py read DIR TASK BEGIN END [FILE]  that task's memory (addresses in hexadecimal), to FILE
                                                 or stdout; what is in no image reads as zeros
   read_image.py verify DIR                      every checksum and hash
@@ -27,6 +28,7 @@ HEADER = struct.Struct("<8sIIII16sQQQQQQQ24sQ")
 PACKED_HEADER = struct.Struct("<8sIIIi16sQQQQ48sQ")
 FRAME_HEAD = struct.Struct("<QIIQQ")
 TRAILER = struct.Struct("<QQ8sQ")
+WORKING_SET_HEADER = struct.Struct("<8sIIQQQQ")
 LZ4, ZSTD = 1, 2
 PAGES_ARE_HERE, PAGES_ARE_IN_PARENT = 4, 1
 
@@ -328,9 +330,34 @@ class Image:
                     memory[first - begin:last - begin] = pages.read(last - first)
                 offset += size
 
+    def working_set(self):
+        """Its ranges as (layer, offset, length), in the order in which they are to be read; None: there is none."""
+        path = os.path.join(self.directory, "working_set")
+        if not os.path.exists(path):
+            return None
+        with open(path, "rb") as file:
+            data = file.read()
+        demand(len(data) >= WORKING_SET_HEADER.size + 8, f"{path}: {len(data)} bytes")
+        magic, version, header_size, layers, ranges, size, reserved = WORKING_SET_HEADER.unpack_from(data)
+        demand(magic == b"unmoorWS" and version == 1, f"{path}: not a working set")
+        demand(struct.unpack("<Q", data[-8:])[0] == xxh3(data[:-8]), f"{path}: does not match its checksum")
+        demand(header_size == 48 and reserved == 0 and layers <= 1000 and ranges <= 1 << 20, f"{path}: bad header")
+        table = WORKING_SET_HEADER.size + 16 * layers
+        demand(len(data) == table + 24 * ranges + 8, f"{path}: {len(data)} bytes")
+        known = {layer.stem[-32:]: layer for layer in self.layers}
+        ids = [data[at:at + 16].hex() for at in range(WORKING_SET_HEADER.size, table, 16)]
+        demand(set(ids) <= set(known), f"{path}: a layer the manifest does not name")
+        found = list(struct.iter_unpack("<QQQ", data[table:-8]))
+        for number, offset, length in found:
+            demand(number < layers and offset % PAGE == length % PAGE == 0 and length and
+                   offset + length <= known[ids[number]].size, f"{path}: range at {offset} is impossible")
+        demand(sum(length for _, _, length in found) == size, f"{path}: the ranges do not add up")
+        return [(known[ids[number]], offset, length) for number, offset, length in found]
+
     def verify(self):
         for layer in self.layers:
             layer.verify()
+        self.working_set()
         user = self.manifest.get("user_data")
         if user:
             with open(os.path.join(self.directory, "user_data"), "rb") as file:
@@ -347,6 +374,8 @@ def show(image):
                                 for p in image.places(vma))
             print(f"  {vma['begin']:x}-{vma['stop']:x} {vma['prot']} {vma['kind']} "
                   f"{vma['data_bytes']} {places or '-'} {vma['name']}".rstrip())
+    for layer, offset, length in image.working_set() or []:
+        print(f"first {layer.stem[-32:]}@{offset:x} {length}")
 
 
 def main(words):

@@ -8,8 +8,9 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
 
-from harness import LATER, USER_MISTAKE, demand, is_alive, main, poll
+from harness import LATER, SOURCE, USER_MISTAKE, demand, is_alive, main, poll
 
 # Verifies all of its memory at its end, and touches little before.
 TOUCHES_LITTLE = ("--threads", 1, "--mib", 256, "--rate", 50, "--sweep-ms", 100000000)
@@ -26,6 +27,13 @@ def working_set(image):
     table = 48 + 16 * layers
     found = [struct.unpack_from("<QQQ", data, table + 24 * i) for i in range(ranges)]
     return [(ids[layer], offset, length) for layer, offset, length in found]
+
+
+def read_image(*words):
+    """What tools/read_image.py says, on stdout or stderr."""
+    outcome = subprocess.run([os.path.join(SOURCE, "tools", "read_image.py"), *words], stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True, check=False)
+    return outcome.stdout
 
 
 def drop_cache(path):
@@ -104,6 +112,9 @@ def kept_with_the_image(story):
     churn.end()
     churn.await_gone()
     before = working_set(image)
+    first = [line.split()[1:] for line in read_image("list", image).splitlines() if line.startswith("first ")]
+    demand(first == [[f"{layer}@{offset:x}", str(length)] for layer, offset, length in before],
+           "tools/read_image.py, written from docs/format.md alone, reads it too")
     story.unmoor("pack", image)
     demand(working_set(image) == before, "it is packed with the image")
     story.unmoor("unpack", image)
@@ -118,6 +129,7 @@ def kept_with_the_image(story):
             file.write(good[:at] + bytes([good[at] ^ 1]) + good[at + 1:])
         outcome = story.unmoor("verify", image, "--quick", expect=DAMAGED)
         demand("working_set" in outcome.out + outcome.err, f"byte {at}: {outcome}")
+        demand("working_set" in read_image("verify", image), f"byte {at}: the independent reader finds it")
     with open(path, "wb") as file:
         file.write(good[:-1])
     outcome = story.restore(churn, image)
