@@ -8,7 +8,7 @@ import signal
 import struct
 import subprocess
 
-from harness import PROGRAMS, SOURCE, USER_MISTAKE, Skip, demand, main, poll, read_proc, threads, vmas
+from harness import PROGRAMS, SOURCE, UNMOOR, USER_MISTAKE, Skip, demand, main, poll, read_proc, threads, vmas
 from stock_unmoor import CRIU
 
 DAMAGED = 3
@@ -247,6 +247,56 @@ def one_command_at_a_time(story):
     churn.end()
 
 
+def together(story, *commands):
+    """Starts all of them, then waits for each: exit code and what it said on stderr."""
+    running = []
+    for number, words in enumerate(commands):
+        err = story.path(f"together-{number}.err")
+        with open(err, "w") as file:
+            running.append((story.popen([UNMOOR, *map(str, words)], stderr=file), err))
+    outcomes = []
+    for process, err in running:
+        process.wait(120)
+        with open(err) as file:
+            outcomes.append((process.returncode, file.read()))
+    return outcomes
+
+
+def two_dumps_at_once(story):
+    """Of two programs, into directories beside one another: neither knows of the other."""
+    churns = [story.start("churn", "--mib", 64) for _ in range(2)]
+    images = [story.path(f"image{i}") for i in range(2)]
+    outcomes = together(story, *(("dump", "-t", churn.pid, "-D", image) for churn, image in zip(churns, images)))
+    demand([code for code, _ in outcomes] == [0, 0], f"both succeed: {outcomes}")
+    for churn in churns:
+        churn.await_gone()
+    for churn, image in zip(churns, images):
+        verify(story, image)
+        story.restore(churn, image)
+    for churn in churns:
+        churn.await_sweep()
+        churn.end()
+
+
+def two_dumps_into_one(story):
+    """One is told that the other is at work; the directory is one of the two, whole, and both programs run on."""
+    churns = [story.start("churn", "--mib", 128) for _ in range(2)]
+    image = story.path("image")
+    for over_an_older in (False, True):
+        outcomes = together(story, *(("dump", "-t", churn.pid, "-D", image, "-R", "--full") for churn in churns))
+        codes = sorted(code for code, _ in outcomes)
+        demand(codes in ([0, 0], [0, USER_MISTAKE]), f"over an older one {over_an_older}: {outcomes}")
+        for code, err in outcomes:
+            busy = "another command is writing a checkpoint to" in err or "is in use by" in err
+            demand(code == 0 or busy and image in err and len(err.strip().splitlines()) == 1, f"it says so: {err}")
+        verify(story, image)
+        for churn in churns:
+            churn.await_sweep()
+    demand([name for name in os.listdir(story.folder) if ".partial-" in name] == [], "nothing is left beside it")
+    for churn in churns:
+        churn.end()
+
+
 def story_ends(churn):
     churn.end()
     churn.await_gone()
@@ -341,5 +391,5 @@ def log_rm_gc(story):
 if __name__ == "__main__":
     main({f.__name__: f for f in (
         verify_finds_all_damage, repair, python_reader_agrees,
-        python_reader_resolves_deltas, one_command_at_a_time, log_rm_gc,
+        python_reader_resolves_deltas, one_command_at_a_time, two_dumps_at_once, two_dumps_into_one, log_rm_gc,
         export_is_restored_by_stock_criu, a_damaged_image_is_not_exported)})
