@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 
-from harness import NEVER, READY, USER_MISTAKE, Program, demand, main, poll, state, vmas
+from harness import NEVER, READY, UNMOOR, USER_MISTAKE, Program, demand, main, poll, state, vmas
 
 PAGE = 4096
 BLOCK = 64 << 10
@@ -212,6 +212,41 @@ def truncated_layer(story):
     story.demand_no_agent()
 
 
+def truncated_anywhere(story):
+    """Inside the first block, inside the last, at a limit of blocks, at 0; before the remap and during it."""
+    it = Obedient(story, pages=4096)
+    good = it.layer + ".good"
+    subprocess.run(["cp", "--sparse=always", it.layer, good], check=True)
+    behind = it.offset + it.pages * PAGE
+    limit = it.offset_of(it.block_of(2000)[0])
+    for name, cut in (("in the first block", it.offset_of(0) + 100), ("in the last block", behind - 5 * PAGE + 1),
+                      ("in the last page", behind - PAGE + 1), ("at a limit of blocks", limit), ("at 0", 0)):
+        for during in (False, True):
+            it.restore("--remap", "off")
+            if cut == 0:  # its own memory is gone with the file
+                os.kill(it.pid, signal.SIGSTOP)
+            remap = story.popen([UNMOOR, "remap", "-t", str(it.pid)]) if during else None
+            os.truncate(it.layer, cut)
+            if remap:
+                demand(remap.wait(60) in (0, USER_MISTAKE), f"{name}: remap ends with {remap.returncode}")
+            # One that was quicker than the truncation has nothing left to say.
+            if not during or it.status().code != READY:
+                outcome = story.unmoor("remap", "-t", it.pid, expect=USER_MISTAKE)
+                # A page that the file ends in is there still, with zeros behind: its block is not.
+                last = cut > behind - PAGE
+                words = ("ends too soon" if last else "truncated", it.layer, f"process {it.pid}",
+                         f"offset {cut & ~(BLOCK - 1) if last else cut}")
+                if cut:  # else of whichever of its areas is first
+                    first = max(0, ((cut & ~(BLOCK - 1)) - it.offset) // PAGE)
+                    words += (f"{it.address + first * PAGE:x}-", f"{it.vma[0]:x}-{it.vma[1]:x}")
+                for word in words:
+                    demand(word in outcome.err, f"{name}, during {during}: {word} is said: {outcome}")
+                it.await_never(*words[:2], words[3])
+                it.verify(0, first if cut else 0)
+            it.end()
+            subprocess.run(["cp", "--sparse=always", good, it.layer], check=True)
+
+
 def lost_pages(story):
     """A hole where there was data reads as zeros: only the index tells."""
     it = Obedient(story)
@@ -263,5 +298,6 @@ def unverified_on_request(story):
 
 
 if __name__ == "__main__":
-    main({f.__name__: f for f in (damaged_block, found_in_the_background, truncated_layer, lost_pages,
+    main({f.__name__: f for f in (damaged_block, found_in_the_background, truncated_layer, truncated_anywhere,
+                                  lost_pages,
                                   damage_everywhere, unverified_on_request)})
