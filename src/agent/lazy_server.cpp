@@ -31,12 +31,13 @@ namespace unmoor {
 namespace {
 
 constexpr int32_t kRestoreFinished = 0x52535446;  // criu's last word: every task is there
-constexpr Nanos kFirstMoments(20'000'000);        // of the program, before pages are brought
+constexpr Nanos kFirstMoments(5'000'000);         // of the program, before pages are brought
 constexpr Nanos kLookAgain(100'000'000);
 constexpr Nanos kSoon(1'000'000);
 constexpr Nanos kLastWords(5'000'000'000);
 constexpr Nanos kSaveInterval(50'000'000);
 constexpr int kRoundsForFaults = 4;  // in a row, while pages are still to be brought
+constexpr size_t kExpectAgain = VerifiedBlocks::kAhead / 2;  // blocks brought between two looks
 constexpr int kEventsInARow = 64;
 
 // What server and keeper have in common. The descriptors belong to the table, which both have.
@@ -106,6 +107,7 @@ class LazyServer {
   void StepAll();
   void StepOne(Space& space);
   [[nodiscard]] bool MayBring(const Space& space) const;
+  void ExpectNext();
   [[nodiscard]] bool HasRoom(Space& space);
   [[nodiscard]] bool IsOver(Space& space);
   void Close(Space& space);
@@ -129,6 +131,7 @@ class LazyServer {
   Nanos running_since_;
   Nanos last_saved_;
   Nanos last_look_;
+  size_t expected_ = 0;        // blocks to be brought before it is told again which come next
   bool waited_ = false;        // somebody has to wait: look again soon
   int rounds_for_faults_ = 0;  // since pages were last brought by themselves
   bool events_came_ = false;   // in this round
@@ -181,8 +184,12 @@ void LazyServer::Run() {
   NoticeSignal();
   while (!state_.finished()) {
     if (!keeper_pidfd_.valid()) {
+      source_.StopReaders();
       if (const auto started = StartKeeper(); !started) {
         spdlog::warn("{}; without a keeper", started.error().message());
+      }
+      if (const auto started = source_.StartReaders(); !started) {
+        spdlog::debug("{}; nothing is read ahead", started.error().message());
       }
     }
     const auto ready = WaitAnyReadable(Descriptors(), Patience());
@@ -394,8 +401,28 @@ bool LazyServer::MayBring(const Space& space) const {
   const Nanos now = MonotonicNow();
   if (!state_.running() || now < space.no_room_before) return false;
   if (SignalSeen()) return true;  // somebody waits for all of it
-  return now - running_since_ >= kFirstMoments && now >= space.not_before &&
-         FaultPoint("lazy.bring").has_value();
+  const bool rest = now - running_since_ >= kFirstMoments && now >= space.not_before &&
+                    FaultPoint("lazy.bring_rest").has_value();
+  return (space.memory.has_first() || rest) && FaultPoint("lazy.bring").has_value();
+}
+
+// Before each block that is brought; not each time, since it looks at much.
+void LazyServer::ExpectNext() {
+  if (expected_ > 0) {
+    --expected_;
+    return;
+  }
+  expected_ = kExpectAgain;
+  std::vector<Space*> bringing;
+  for (Space& space : state_.spaces()) {
+    if (!space.memory.brought() && MayBring(space)) bringing.push_back(&space);
+  }
+  std::vector<BlockName> blocks;
+  for (Space* const space : bringing) {
+    const auto next = space->memory.Upcoming(VerifiedBlocks::kAhead / bringing.size());
+    blocks.insert(blocks.end(), next.begin(), next.end());
+  }
+  source_.Expect(blocks);
 }
 
 // What nobody has touched must not be what the program is killed for. A page somebody waits for comes
@@ -433,6 +460,7 @@ void LazyServer::StepOne(Space& space) {
   auto step = space.memory.ServeWaiting(source_);
   const bool faults_first = events_came_ && rounds_for_faults_ < kRoundsForFaults;
   if (step && *step == Step::kDone && !faults_first && MayBring(space) && HasRoom(space)) {
+    ExpectNext();
     step = space.memory.BringNext(source_);
   }
   if (!step) return EndProgram(step.error().message());

@@ -13,7 +13,8 @@
 //   keeper dies  the server starts another.
 //
 // Nobody ever reads zeros where there should be pages, but for both dying at once. The program is
-// also ended when it touches a page that is damaged in the image. Single-threaded. See agent.h.
+// also ended when it touches a page that is damaged in the image. One thread does all this; others
+// only read ahead for it (lazy/verified_blocks.h), and are stopped where it forks. See agent.h.
 #pragma once
 
 #include <string>

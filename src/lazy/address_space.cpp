@@ -77,8 +77,8 @@ Result<AddressSpace::Step> AddressSpace::Serve(VaddrRange page, VerifiedBlocks& 
 }
 
 Result<AddressSpace::Step> AddressSpace::BringNext(VerifiedBlocks& source) {
-  auto run = pages_.Next(next_);
-  if (!run) run = pages_.Next(Vaddr());
+  Cursor cursor = cursor_;
+  const auto run = Next(cursor);
   if (!run) return Step::kDone;
   const auto block = source.Block(run->layer, run->offset);
   if (!block) {
@@ -87,8 +87,33 @@ Result<AddressSpace::Step> AddressSpace::BringNext(VerifiedBlocks& source) {
     return Step::kDone;
   }
   UNMOOR_ASSIGN(const Step step, PlaceBlock(*run, *block));
-  if (step == Step::kDone) next_ = BlockOf(*run).end;
+  if (step == Step::kDone) cursor_ = cursor;
   return step;
+}
+
+std::optional<OverlayRun> AddressSpace::Next(Cursor& cursor) const {
+  for (; cursor.first < first_.size(); ++cursor.first, cursor.in_first = Vaddr()) {
+    const VaddrRange wanted = first_[cursor.first];
+    const auto run = pages_.Next(std::max(wanted.begin, cursor.in_first));
+    if (!run || run->range.begin >= wanted.end) continue;
+    cursor.in_first = BlockOf(*run).end;
+    return run;
+  }
+  auto run = pages_.Next(cursor.next);
+  if (!run) run = pages_.Next(Vaddr());
+  if (run) cursor.next = BlockOf(*run).end;
+  return run;
+}
+
+std::vector<BlockName> AddressSpace::Upcoming(size_t count) const {
+  std::vector<BlockName> blocks;
+  Cursor cursor = cursor_;
+  while (blocks.size() < count) {
+    const auto run = Next(cursor);
+    if (!run) break;
+    blocks.push_back(BlockAt(run->layer, run->offset));
+  }
+  return blocks;
 }
 
 // What is to come from the block that `run` begins in, wherever of it.

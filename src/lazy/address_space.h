@@ -26,8 +26,9 @@ class AddressSpace {
     kGone,  // the address space has ended
   };
 
-  AddressSpace(int uffd, PagesToCome pages)
-      : uffd_(uffd), pages_(std::move(pages)), total_(pages_.left()) {}
+  // `first`: what is to be brought before all else, in that order.
+  AddressSpace(int uffd, PagesToCome pages, std::vector<VaddrRange> first = {})
+      : uffd_(uffd), pages_(std::move(pages)), first_(std::move(first)), total_(pages_.left()) {}
   // The same for a child born just now.
   [[nodiscard]] AddressSpace Forked(int uffd) const;
 
@@ -41,8 +42,11 @@ class AddressSpace {
   [[nodiscard]] Result<Step> ServeWaiting(VerifiedBlocks& source);
   // Brings the next block.
   [[nodiscard]] Result<Step> BringNext(VerifiedBlocks& source);
+  // Those that it will need, as far as can be told now.
+  [[nodiscard]] std::vector<BlockName> Upcoming(size_t count) const;
 
   [[nodiscard]] bool somebody_waits() const { return !waiting_.empty(); }
+  [[nodiscard]] bool has_first() const { return cursor_.first < first_.size(); }
   // Nothing is left to bring but what is damaged.
   [[nodiscard]] bool brought() const { return pages_.empty(); }
   [[nodiscard]] bool complete() const { return pages_.empty() && damaged_.empty(); }
@@ -54,6 +58,15 @@ class AddressSpace {
   [[nodiscard]] Bytes given_back() const { return given_back_; }
 
  private:
+  // How far all has been brought.
+  struct Cursor {
+    size_t first = 0;  // in first_,
+    Vaddr in_first;    // and from there on
+    Vaddr next;        // by address
+  };
+
+  // The next run to bring the block of; `cursor` is behind that then.
+  [[nodiscard]] std::optional<OverlayRun> Next(Cursor& cursor) const;
   [[nodiscard]] Result<Step> Serve(VaddrRange page, VerifiedBlocks& source);
   [[nodiscard]] Result<Step> PlaceBlock(const OverlayRun& run, std::span<const std::byte> block);
   [[nodiscard]] Result<Step> Place(VaddrRange range, std::span<const std::byte> pages);
@@ -64,7 +77,8 @@ class AddressSpace {
   PagesToCome pages_;
   PagesToCome damaged_;
   std::vector<VaddrRange> waiting_;
-  Vaddr next_;
+  std::vector<VaddrRange> first_;
+  Cursor cursor_;
   std::string damage_;  // of a block set aside
   bool out_of_memory_ = false;
   Bytes total_;

@@ -13,7 +13,7 @@ void LazyState::Apply(const LazyRecord& record) {
       criu_ = Pid{record.pid};
       break;
     case Kind::kTask:
-      spaces_.push_back({AddressSpace(record.uffd, PagesOf(record.vpid)), record.vpid});
+      spaces_.push_back({MemoryOf(record.uffd, record.vpid), record.vpid});
       break;
     case Kind::kAdopted:
       adopted_.push_back({Pid{record.pid}, record.vpid, record.stay_stopped != 0});
@@ -52,9 +52,10 @@ LazyState::Space* LazyState::FindSpace(int uffd) {
   return found == spaces_.end() ? nullptr : &*found;
 }
 
-PagesToCome LazyState::PagesOf(uint32_t vpid) const {
+AddressSpace LazyState::MemoryOf(int uffd, uint32_t vpid) const {
   const auto found = std::ranges::find(image_.tasks, vpid, &LazyTask::vpid);
-  return found == image_.tasks.end() ? PagesToCome() : PagesToCome(found->pages);
+  if (found == image_.tasks.end()) return AddressSpace(uffd, PagesToCome());
+  return AddressSpace(uffd, PagesToCome(found->pages), found->first);
 }
 
 }  // namespace unmoor

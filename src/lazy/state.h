@@ -20,6 +20,7 @@ namespace unmoor {
 struct LazyTask {
   uint32_t vpid = 0;
   std::vector<OverlayRun> pages;  // ascending, disjoint; `layer` is one of the image's
+  std::vector<VaddrRange> first = {};  // where those are that are needed first, in that order
 };
 struct LazyImage {
   std::vector<LayerReader> layers;  // with their hashes
@@ -55,7 +56,7 @@ class LazyState {
 
  private:
   [[nodiscard]] Space* FindSpace(int uffd);
-  [[nodiscard]] PagesToCome PagesOf(uint32_t vpid) const;
+  [[nodiscard]] AddressSpace MemoryOf(int uffd, uint32_t vpid) const;
 
   const LazyImage& image_;
   Pid criu_;

@@ -3,6 +3,8 @@
 
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <pthread.h>
+#include <sched.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -225,6 +227,11 @@ Result<std::thread> StartQuietThread(const char* name, std::function<void()> bod
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   return started;
+}
+
+void RunOnlyWhenIdle(std::thread& thread, bool on) {
+  const sched_param parameter{0};
+  (void)::pthread_setschedparam(thread.native_handle(), on ? SCHED_IDLE : SCHED_OTHER, &parameter);
 }
 
 Nanos ThreadCpuTime() {

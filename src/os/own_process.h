@@ -53,6 +53,8 @@ void SignalEventFd(int fd);
 
 // A thread that takes no signals but the C library's own and those its own instructions cause.
 [[nodiscard]] Result<std::thread> StartQuietThread(const char* name, std::function<void()> body);
+// A thread of ours gets a processor only where nobody else wants it (SCHED_IDLE), or as others do.
+void RunOnlyWhenIdle(std::thread& thread, bool on);
 [[nodiscard]] Nanos ThreadCpuTime();
 
 }  // namespace unmoor

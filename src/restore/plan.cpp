@@ -84,6 +84,34 @@ Result<std::vector<LazyTask>> PlanLazyPages(const Manifest& manifest,
   return tasks;
 }
 
+void PlanFirstPages(const WorkingSet& set, std::span<const LayerInfo> layers,
+                    std::vector<LazyTask>& tasks) {
+  const auto place = [](const OverlayRun& run) { return std::pair(run.layer, run.offset.value); };
+  std::vector<uint32_t> layer_of;  // by the set's numbers
+  for (const std::string& id : set.layers) {
+    const auto found = std::ranges::find(layers, id, &LayerInfo::id);
+    layer_of.push_back(static_cast<uint32_t>(found - layers.begin()));
+  }
+  for (LazyTask& task : tasks) {
+    std::vector<OverlayRun> runs = task.pages;
+    std::ranges::sort(runs, {}, place);
+    for (const WorkingSetRange& wanted : set.ranges) {
+      const uint32_t layer = layer_of[wanted.layer];
+      auto run =
+          std::ranges::upper_bound(runs, std::pair(layer, wanted.range.begin.value), {}, place);
+      if (run != runs.begin()) --run;  // it may reach into it
+      for (; run != runs.end() && place(*run) < std::pair(layer, wanted.range.end.value); ++run) {
+        if (run->layer != layer) continue;
+        const FileRange all{run->offset, run->offset + run->range.size()};
+        const FileRange part = all.Intersect(wanted.range);
+        if (part.empty()) continue;
+        const Vaddr begin = run->range.begin + (part.begin - all.begin);
+        task.first.push_back({begin, begin + part.size()});
+      }
+    }
+  }
+}
+
 Result<std::vector<FillTask>> PlanFill(const Manifest& manifest, std::span<const LayerInfo> layers,
                                        const std::string& directory) {
   std::vector<const LayerInfo*> infos;

@@ -16,6 +16,7 @@
 #include "criu/rewrite.h"
 #include "image/layer.h"
 #include "image/manifest.h"
+#include "image/working_set.h"
 #include "lazy/state.h"
 
 namespace unmoor {
@@ -38,6 +39,11 @@ struct RestorePlan {
 [[nodiscard]] Result<std::vector<LazyTask>> PlanLazyPages(const Manifest& manifest,
                                                           std::span<const LayerInfo> layers,
                                                           const std::string& directory);
+
+// Where in the tasks the pages of a working set are, for these to be brought first. Ranges of layers
+// that are none of these mean nothing.
+void PlanFirstPages(const WorkingSet& set, std::span<const LayerInfo> layers,
+                    std::vector<LazyTask>& tasks);
 
 // For an eager restore: what is to be in each task's memory before it runs. The same layers.
 struct FillArea {

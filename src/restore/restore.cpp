@@ -299,6 +299,11 @@ Result<std::vector<LayerInfo>> Restorer::PrepareToBring() {
 Result<> Restorer::PrepareLazy() {
   UNMOOR_ASSIGN(const std::vector<LayerInfo> infos, PrepareToBring());
   UNMOOR_ASSIGN(lazy_.tasks, PlanLazyPages(manifest_, infos, directory_));
+  if (options_.prefetch) {
+    // One that cannot be read has been told of by BeginPrefetch.
+    const auto set = ReadWorkingSet(image_);
+    if (set && *set) PlanFirstPages(**set, infos, lazy_.tasks);
+  }
   lazy_.layers = std::move(layers_);
   report_.loaded = Bytes();
   return {};

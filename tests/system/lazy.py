@@ -168,6 +168,30 @@ def killed_between_reading_and_recording(story):
     story.demand_no_agent()
 
 
+def working_set_first(story):
+    """Of a program that touches nothing the working set comes by itself, before all else."""
+    churn = story.start("churn", "--threads", 1, "--mib", 128, *TOUCHES_LITTLE)
+    os.kill(churn.pid, signal.SIGSTOP)  # restored, it stands still until told to go on
+    image = story.dump(churn, "image")
+    story.restore(churn, image, "--record")
+    os.kill(churn.pid, signal.SIGCONT)
+    churn.await_progress("works while it is recorded")
+    recorded = json.loads(story.unmoor("record", "-t", churn.pid, "--stop", "--json").out)["working_set_bytes"]
+    story.wait_ready(churn)
+    churn.end()
+    churn.await_gone()
+    story.restore(churn, image, *LAZY, environment={"UNMOOR_FAULT": "lazy.bring_rest:error@*"})
+    poll(lambda: progress(story, churn.pid)["done"] >= recorded, "the working set to come", 10)
+    come = progress(story, churn.pid)["done"]
+    demand(come < recorded + (32 << 20), f"{come >> 20} MiB came, of which {recorded >> 20} were recorded")
+    demand(story.status(churn).code == LATER, "LATER: the rest is still to come")
+    os.kill(churn.pid, signal.SIGCONT)
+    story.unmoor("remap", "-t", churn.pid)
+    shutil.rmtree(image)
+    churn.end()
+    story.demand_no_agent()
+
+
 def damage(story, image, how):
     """Damages the middle of the layer's data."""
     path, = glob.glob(os.path.join(image, "layers", "*.pages"))
@@ -248,6 +272,6 @@ def both_in_turn(story):
 if __name__ == "__main__":
     stories = [two_churns, tree, nothing_is_mapped_and_little_is_there, dumped_while_pages_come,
                server_killed, keeper_killed, both_in_turn, killed_between_reading_and_recording,
-               damaged_block, truncated_layer, foreground_tells_why_it_ended, what_contradicts_it]
+               working_set_first, damaged_block, truncated_layer, foreground_tells_why_it_ended, what_contradicts_it]
     stories += [hazard(name) for name in ("dontneed", "mremap", "munmap", "fork", "all_at_once")]
     main({f.__name__: f for f in stories})
