@@ -39,9 +39,6 @@ std::string Describe(Pid pid) {
   return info ? fmt::format("{} ({})", pid.value, info->name) : fmt::format("{}", pid.value);
 }
 
-// frozen_time of stats-dump: the u32 0x55105940, the u32 0x57093306, a length, and a message whose
-// field 1 is a message of varints; number 2 there is the frozen time in microseconds. Not worth a
-// schema: what does not look like that is no figure.
 // `name`, or with a number behind it where there is such a thing: the data of an earlier failure.
 std::string FreeName(const std::string& name) {
   constexpr int kTries = 1000;
@@ -50,6 +47,9 @@ std::string FreeName(const std::string& name) {
   return free;
 }
 
+// frozen_time of stats-dump: the u32 0x55105940, the u32 0x57093306, a length, and a message whose
+// field 1 is a message of varints; number 2 there is the frozen time in microseconds. Not worth a
+// schema: what does not look like that is no figure.
 Nanos FrozenTime(const std::string& criu_directory) {
   const auto text = ReadFile(criu_directory + "/stats-dump", Bytes(4096));
   if (!text || text->size() < 14 || (*text)[12] != '\x0a') return Nanos(0);
