@@ -36,6 +36,7 @@ ELSEWHERE = {  # made to fail, or killed at, by the tests named
     "unpack.frame": "tests/unit/image/packed_test.cpp",
     "unpack.end": "tests/unit/image/packed_test.cpp",
     "lazy.bring": "tests/system/lazy.py: holds back what nobody waits for",
+    "lazy.bring_rest": "tests/system/lazy.py, working_set_first",
     "lazy.event_read": "tests/system/lazy.py, killed_between_reading_and_recording",
     "restore.program_runs": "tests/system/faults.py, restore_killed_when_all_is_done",
     "local.before_swap": "tests/unit/remap_local/limits_test.cpp",
