@@ -972,7 +972,8 @@ bool WatchHelper(Data& data) {
     if (event == 0 && signal == kSigtrap && Load(data.watch_request) == kRequestRelease) {
       FutexSet(&data.watch_request, kRequestNone);
       FutexSet(&data.watch_state, kWatchIdle);
-      Syscall(__NR_ptrace, PTRACE_DETACH, data.helper_tid, 0, 0);
+      // Killed just now it cannot be let go any more, and waits for us at its end.
+      if (Syscall(__NR_ptrace, PTRACE_DETACH, data.helper_tid, 0, 0) < 0) continue;
       return true;
     }
     Syscall(__NR_ptrace, PTRACE_CONT, data.helper_tid, 0, event != 0 ? 0 : signal);
