@@ -3,6 +3,11 @@ GIB = 1 << 30
 
 # What limits a figure that misses its aim, measured: see docs/decisions.md for the numbers in brackets.
 LIMITS = {
+    "direct": "when processes that hand over to each other get onto a core [49]",
+    "eager": "first touches of fresh memory, of which the host has taken some [53, 70]",
+    "lazy": "a block of 64 KiB is read, checked and placed: 29 µs of UFFDIO_COPY alone [55]",
+    "drain": "UFFDIO_COPY, some 2.2 GB/s a thread [55]",
+    "unpack": "LZ4, hashes and two copies through the page cache share two CPUs; reading and writing the pages alone, by one thread, was slower",
     "remap": "reading through the page cache and hashing what is read; the best loop does neither [60]",
     "gap": "one scheduler tick of 4 ms for each turn of another busy thread on the core: a program at rest has it too [65]",
     "frozen": "criu's own parasite, tree and namespaces, 10 ms and more, are in it whatever changed [47]",
@@ -41,8 +46,8 @@ def of_restores(results, rows):
         return results.median("restore", "wall_ms", way=way, mib=mib, cache=cache)
     sizes = [mib for mib in results.distinct("restore", "mib") if mib > 0]
     null = wall("stock", 0)
-    add(rows, "direct restore ÷ CRIU's of an empty process, the worst size", worst(quotient(wall("direct", m), null) for m in sizes), 1.1, "")
-    add(rows, "of it outside criu, the worst size", worst(results.median("restore", "own_ms", way="direct", mib=m, cache="warm") for m in sizes), 3, "ms")
+    add(rows, "direct restore ÷ CRIU's of an empty process, the worst size", worst(quotient(wall("direct", m), null) for m in sizes), 1.1, "", limit="direct")
+    add(rows, "of it outside criu, the worst size", worst(results.median("restore", "own_ms", way="direct", mib=m, cache="warm") for m in sizes), 3, "ms", limit="direct")
     for mib in (1024, 4096):
         add(rows, f"eager: stock CRIU's time ÷ its, {mib // 1024} GiB",
             quotient(results.median("restore", "wall_ms", way="stock", mib=mib, cache="warm"), wall("eager", mib)), 2, "", True, "eager")

@@ -12,7 +12,7 @@ import statistics
 import time
 
 from served import Jvm, Redis, Touch, faults, have, smaps
-from stage import Failed, back_memory
+from stage import Failed
 from ways import Stock, all_ways, make_cold, make_warm, popen, read_bytes
 
 
@@ -57,8 +57,6 @@ class RestoreCases:
     def restore_measured(self, case, program, way, folder, cache, number, rss=False, thorough=True, **told):
         """One restore up to a verified, independent program; the line it gives."""
         self.prepare_cache(folder, cache)
-        if program.mib >= 64:
-            back_memory(program.mib + 256)
         before = read_bytes()
         running = way.restore(folder, program.pid)
         values = dict(running.values)
@@ -149,7 +147,6 @@ class RestoreCases:
         folders = [folders[way.image] for folders in images]
         for folder in folders:
             self.prepare_cache(folder, cache)
-        back_memory(sum(program.mib for program in programs) + 256)
         before = read_bytes()
         with self.stage.stock_cache:
             began = time.monotonic()
@@ -194,7 +191,6 @@ class RestoreCases:
         for number, (name, pattern, threads) in self.each_round(self.rounds or rounds, contestants):
             way = ways[name]
             self.prepare_cache(folders[way.image], "warm")
-            back_memory(mib + 256)
             running = way.restore(folders[way.image], program.pid)
             kind, count = patterns[pattern]
             # "recorded": what the working set was made of.

@@ -15,7 +15,6 @@ import contextlib
 import ctypes
 import glob
 import json
-import mmap
 import os
 import shutil
 import signal
@@ -128,16 +127,6 @@ def memory(pid, field):
             if line.startswith(field + ":"):
                 return int(line.split()[1]) * 1024
     return 0
-
-
-def back_memory(mib):
-    """Touches as much memory and gives it back. A hypervisor may take what its guest has free (free page
-    reporting, after a second or two), and then a first touch costs ten times as much: 1 GiB in huge pages
-    1.3 to 1.7 s here, 0.15 s when it is still there. Who is measured shall not pay for when it was."""
-    with mmap.mmap(-1, max(mib, 1) << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        with contextlib.suppress(OSError):
-            memory.madvise(23)  # MADV_POPULATE_WRITE
 
 
 def tree_bytes(folder):

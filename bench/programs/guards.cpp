@@ -84,7 +84,7 @@ struct Histogram {
   }
 };
 
-enum Phase { kBefore, kDuring, kAfter, kWarm, kStop };
+enum Phase { kBefore, kDuring, kAfter, kStop };
 
 struct Bench {
   std::string dir, pattern, way;
@@ -96,8 +96,8 @@ struct Bench {
 
   struct Writer {
     std::vector<uint32_t> stored;  // by page
-    Histogram stalls[kStop];
-    std::atomic<uint64_t> stores[kStop] = {};
+    Histogram stalls[3];
+    std::atomic<uint64_t> stores[3] = {};
   };
   std::vector<std::unique_ptr<Writer>> states;
 
@@ -111,7 +111,7 @@ struct Bench {
     for (int now; (now = phase.load(std::memory_order_relaxed)) != kStop;) {
       random ^= random << 13, random ^= random >> 7, random ^= random << 17;
       const size_t page = random % share * writers + index;
-      const bool remapped = !clean && (now == kDuring || now == kAfter);
+      const bool remapped = !clean && now != kBefore;
       char* const base = remapped ? memory : aside;
       own.stored[page] += remapped ? 1 : 0;
       // SAFETY: a word of a page of ours.
@@ -146,8 +146,8 @@ char* Map(size_t bytes) {
   return reinterpret_cast<char*>(begin);
 }
 
-// Memory that the host does not back (it takes what is free for a second or two) costs its first user
-// several times a copy: nobody pays for that here. See back_memory in bench/stage.py.
+// Memory that the host has not backed yet costs its first user several times a copy: as in
+// bench_copy_remap, nobody pays for that here.
 void WarmGuest(size_t bytes) {
   char* memory = Map(bytes);
   ::madvise(memory, bytes, MADV_HUGEPAGE);
@@ -308,6 +308,7 @@ int main(int argc, char** argv) {
     bench.states.push_back(std::make_unique<Bench::Writer>());
     bench.states.back()->stored.resize(bench.pages);
   }
+  WarmGuest(2 * bench.pages * kPage);
   // Before: the same stores to ordinary memory, as if nothing had ever been checkpointed.
   std::vector<std::thread> writers;
   for (size_t i = 0; i < bench.writers; ++i) writers.emplace_back([&, i] { bench.Write(i); });
@@ -319,8 +320,6 @@ int main(int argc, char** argv) {
     seconds[phase] = std::chrono::duration<double>(Clock::now() - begin).count();
   };
   phase_for(kBefore, [] { std::this_thread::sleep_for(kPhase); });
-  bench.phase = kWarm;
-  WarmGuest(2 * bench.pages * kPage);
   Outcome outcome;
   phase_for(kDuring, [&] { outcome = Remap(bench, *map); });
   phase_for(kAfter, [] { std::this_thread::sleep_for(kPhase); });
