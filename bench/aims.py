@@ -4,7 +4,7 @@ GIB = 1 << 30
 # What limits a figure that misses its aim, measured: see docs/decisions.md for the numbers in brackets.
 LIMITS = {
     "direct": "when processes that hand over to each other get onto a core [49]",
-    "eager": "first touches of fresh memory, of which the host has taken some [53, 70]",
+    "eager": "this run is of the engine before decision 53, since then 1.4 to 1.7 × in two runs: first touches of fresh memory, of which the host has taken some [70]",
     "lazy": "a block of 64 KiB is read, checked and placed: 29 µs of UFFDIO_COPY alone [55]",
     "drain": "UFFDIO_COPY, some 2.2 GB/s a thread [55]",
     "unpack": "LZ4, hashes and two copies through the page cache share two CPUs; reading and writing the pages alone, by one thread, was slower",
