@@ -450,8 +450,8 @@ void LazyServer::StepAll() {
   if (rounds_for_faults_ >= kRoundsForFaults) rounds_for_faults_ = 0;
   if (MonotonicNow() - last_look_ > kLookAgain) CloseOfEnded();
   // The command removes its view as soon as the program runs, unless it dies.
-  const bool view_is_left = pair_.command >= 0 && Exists(pair_.view);
-  if (state_.running() && state_.spaces().empty() && !view_is_left) {
+  const auto view_is_left = [&] { return pair_.command >= 0 && Exists(pair_.view); };
+  if (state_.running() && state_.spaces().empty() && !view_is_left()) {
     Record({.kind = LazyRecord::Kind::kFinished});
   }
 }

@@ -242,10 +242,14 @@ bool StoppedThread::InRestartableSequence() const {
   return critical_section != 0;
 }
 
-// Or its end.
-void StoppedThread::AwaitStop(Nanos limit) {
+StoppedThread::State StoppedThread::AwaitStop(Nanos limit) {
   const Nanos began = MonotonicNow();
-  while (Poll() == State::kRunning && MonotonicNow() - began < limit) SleepFor(Nanos(20'000));
+  State state = Poll();
+  while (state == State::kRunning && MonotonicNow() - began < limit) {
+    SleepFor(Nanos(20'000));
+    state = Poll();
+  }
+  return state;
 }
 
 void StoppedThread::Detach() {
@@ -388,16 +392,9 @@ Result<> ContinueUnnoticed(Pid pid) {
   }
   // Take the signal away at the moment of its delivery to the main thread.
   UNMOOR_ASSIGN(StoppedThread main_thread, StoppedThread::Seize(pid));
-  const Nanos began = MonotonicNow();
-  const auto wait_stop = [&]() -> Result<> {
-    while (main_thread.Poll() == StoppedThread::State::kRunning) {
-      if (MonotonicNow() - began > kStopLimit)
-        return MachineError("process {} does not stop", pid.value);
-      SleepFor(Nanos(20'000));
-    }
-    return {};
-  };
-  UNMOOR_TRY(wait_stop());
+  if (main_thread.AwaitStop(kStopLimit) == StoppedThread::State::kRunning) {
+    return MachineError("process {} does not stop", pid.value);
+  }
   return main_thread.SwallowContinue();
 }
 

@@ -32,6 +32,8 @@ class StoppedThread {
   enum class State { kRunning, kStopped, kGone };
   // Looks without waiting.
   [[nodiscard]] State Poll();
+  // Looks until it is not running any more, or the limit is over.
+  State AwaitStop(Nanos limit);
 
   [[nodiscard]] Pid thread() const { return thread_; }
   [[nodiscard]] Result<user_regs_struct> Registers() const;
@@ -63,7 +65,6 @@ class StoppedThread {
  private:
   explicit StoppedThread(Pid thread) : thread_(thread) {}
   [[nodiscard]] Result<> ContinueToStop(int request);
-  void AwaitStop(Nanos limit);
   [[nodiscard]] user_regs_struct AbandonRegisters() const;
 
   Pid thread_;  // 0: moved from or detached

@@ -40,7 +40,7 @@ std::vector<WorkingSetRange> MergeForReading(const std::vector<WorkingSetRange>&
 }
 
 std::optional<Prefetch> BeginPrefetch(const std::string& directory) {
-  const auto set = ReadWorkingSet(directory);
+  auto set = ReadWorkingSet(directory);
   if (!set) {
     spdlog::warn("{}; nothing is read ahead", set.error().message());
     return std::nullopt;
@@ -55,7 +55,7 @@ std::optional<Prefetch> BeginPrefetch(const std::string& directory) {
     Read(**set, directory);
     ExitProcess(0);
   }
-  return Prefetch{**std::move(daemon), (*set)->size()};
+  return Prefetch{**std::move(daemon), **std::move(set)};
 }
 
 }  // namespace unmoor

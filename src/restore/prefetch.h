@@ -22,7 +22,7 @@ namespace unmoor {
 
 struct Prefetch {
   StartingDaemon reader;
-  Bytes bytes;
+  WorkingSet set;
 };
 
 // Nothing when the image has no working set, or one that cannot be read, which is said. Call it

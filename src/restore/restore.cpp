@@ -299,11 +299,7 @@ Result<std::vector<LayerInfo>> Restorer::PrepareToBring() {
 Result<> Restorer::PrepareLazy() {
   UNMOOR_ASSIGN(const std::vector<LayerInfo> infos, PrepareToBring());
   UNMOOR_ASSIGN(lazy_.tasks, PlanLazyPages(manifest_, infos, directory_));
-  if (options_.prefetch) {
-    // One that cannot be read has been told of by BeginPrefetch.
-    const auto set = ReadWorkingSet(image_);
-    if (set && *set) PlanFirstPages(**set, infos, lazy_.tasks);
-  }
+  if (prefetch_) PlanFirstPages(prefetch_->set, infos, lazy_.tasks);
   lazy_.layers = std::move(layers_);
   report_.loaded = Bytes();
   return {};
@@ -548,7 +544,7 @@ Result<RestoredProgram> Restorer::Run() {
   // Eager reads everything, and in an order of its own.
   if (options_.prefetch && !eager() && !listed_.empty()) {
     if (auto prefetch = BeginPrefetch(image_)) {
-      report_.prefetched = prefetch->bytes;
+      report_.prefetched = prefetch->set.size();
       prefetch_.emplace(std::move(*prefetch));
     }
   }

@@ -66,7 +66,7 @@ bool FaultOnPurpose(void* at, bool alternate, bool own_blocked = true) {
   const int before = faults;
   if (sigsetjmp(back, 1) == 0) *static_cast<volatile char*>(at) = 1;
   return faults == before + 1 && fault_address == at && on_alternate == alternate && sees_mask &&
-         (sees_own_blocked == own_blocked || !kMasksAreKept);
+         sees_own_blocked == (own_blocked || !kMasksAreKept);
 }
 
 // A page behind the end of its file: SIGBUS.

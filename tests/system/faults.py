@@ -347,8 +347,9 @@ def restore_killed(story):
         # It may have been killed and not have ended yet.
         worked = churn.report()["operations"]
         poll(lambda: not is_alive(churn.pid) or churn.report()["operations"] > worked, "the program to work or end")
-        if is_alive(churn.pid):
+        if churn.report()["operations"] > worked:
             ran += 1
+            churn.await_progress("works after a restore that was killed too late")
             story.wait_ready(churn)
             kill(churn.pid)
         churn.await_gone()

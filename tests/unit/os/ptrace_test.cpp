@@ -6,8 +6,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <chrono>
 #include <thread>
+
+#include "os/procfs.h"
 
 namespace unmoor {
 namespace {
@@ -48,7 +49,7 @@ TEST(Ptrace, ProgramKilledWhileItsLeaderIsBorrowedIsNoticed) {
     ASSERT_EQ(leader.thread(), child);
     ASSERT_TRUE(leader.BeginRemote());
     std::thread killer([child] {
-      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+      while (ReadProcess(child)->state != 'S') std::this_thread::yield();  // it is in pause()
       ::kill(child.value, SIGKILL);
     });
     const auto result = leader.RunRemote(SyscallInstruction(), SYS_pause, {});
