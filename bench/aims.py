@@ -35,27 +35,46 @@ def worst(values, least=False):
     return (min if least else max)(found) if found else None
 
 
+def drain_rate(results, **where):
+    """The heap by the time from running to independent, in GB/s; None where that is no time."""
+    rates = [line["mib"] * (1 << 20) / (line["ready_ms"] - line["wall_ms"]) / 1e6 for line in results.lines
+             if line["case"] == "restore" and all(line.get(k) == v for k, v in where.items()) and
+             line["ready_ms"] - line["wall_ms"] > 5]
+    return results.middle(rates) if rates else None
+
+
+def best_loop(results):
+    """Bytes per second and name of the best way of copying and moving; None: not measured."""
+    rates = [(results.median("loop", "bytes_per_second", variant=v), v) for v in "ABCG"]
+    return max((rate for rate in rates if rate[0] is not None), default=(None, None))
+
+
+def price_of_verifying(results):
+    """What it adds to the time of a remap, in percent."""
+    ratio = quotient(*(results.median(case, "elapsed_ms") for case in ("remap", "remap-unverified")))
+    return None if ratio is None else 100 * (ratio - 1)
+
+
 def of_null(share):
     """What the same program keeps where nothing is remapped: each page is copied on write, and the copying takes place elsewhere."""
     return "" if share is None else f"with nothing remapped: {100 * share:.0f} %"
 
 
 def of_restores(results, rows):
-    def wall(way, mib, cache="warm"):
-        return results.median("restore", "wall_ms", way=way, mib=mib, cache=cache)
+    def wall(way, mib):
+        return results.median("restore", "wall_ms", way=way, mib=mib, cache="warm")
     sizes = [mib for mib in results.distinct("restore", "mib") if mib > 0]
     null = wall("stock", 0)
     add(rows, "direct restore ÷ CRIU's of an empty process, the worst size", worst(quotient(wall("direct", m), null) for m in sizes), 1.1, "", limit="direct")
     add(rows, "of it outside criu, the worst size", worst(results.median("restore", "own_ms", way="direct", mib=m, cache="warm") for m in sizes), 3, "ms", limit="direct")
     for mib in (1024, 4096):
         add(rows, f"eager: stock CRIU's time ÷ its, {mib // 1024} GiB",
-            quotient(results.median("restore", "wall_ms", way="stock", mib=mib, cache="warm"), wall("eager", mib)), 2, "", True, "eager")
+            quotient(wall("stock", mib), wall("eager", mib)), 2, "", True, "eager")
     for key, aim, name in (("p50_ns", 6, "p50"), ("p99_ns", 15, "p99")):
         value = results.median("paging", key, way="lazy", pattern="random", threads=1)
         add(rows, f"lazy: a touch at random, {name}", None if value is None else value / 1e3, aim, "µs", limit="lazy")
-    drained = {way: worst((quotient(mib << 20, (ready - wall_ms) * 1e6) for mib in sizes if mib >= 1024
-                           for ready, wall_ms in [(results.median("restore", "ready_ms", way=way, mib=mib, cache="warm"), wall(way, mib))]
-                           if ready is not None and ready > wall_ms), True) for way in ("lazy", "stock-lazy")}
+    drained = {way: worst((drain_rate(results, way=way, mib=mib, cache="warm") for mib in sizes if mib >= 1024), True)
+               for way in ("lazy", "stock-lazy")}
     add(rows, "lazy: drain, warm, heaps from 1 GiB, the worst", drained["lazy"], 2.5, "GB/s", True, "drain")
     add(rows, "lazy: drain ÷ CRIU's lazy pages'", quotient(drained["lazy"], drained["stock-lazy"]), 2, "", True, "drain")
     first = {way: results.median("served", "first_ms", program="redis", cache="cold", way=way) for way in ("prefetch", "direct", "stock-lazy")}
@@ -70,12 +89,9 @@ def of_restores(results, rows):
 
 def of_remaps(results, rows):
     rate = results.median("remap", "bytes_per_second")
-    best = worst(results.median("loop", "bytes_per_second", variant=v) for v in ("A", "B", "C", "G"))
-    share = quotient(rate, best)
+    share = quotient(rate, best_loop(results)[0])
     add(rows, "remap, verified, ÷ the best loop", None if share is None else 100 * share, 90, "%", True, "remap")
-    times = [results.median(case, "elapsed_ms") for case in ("remap", "remap-unverified")]
-    price = quotient(*times)
-    add(rows, "what verifying costs the remap", None if price is None else 100 * (price - 1), 10, "%")
+    add(rows, "what verifying costs the remap", price_of_verifying(results), 10, "%")
     for threads in results.distinct("pause", "threads", way="remap"):
         who = f"all rewritten meanwhile by {threads} thread{'s' if threads > 1 else ''}"
         where = {"way": "remap", "threads": threads}
