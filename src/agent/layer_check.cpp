@@ -24,6 +24,9 @@ LayerCheck::LayerCheck(int file, const VmaInfo& mapping, bool hashes)
     return;
   }
   auto layer = OpenIndex(file);
+  if (layer) {
+    if (auto loaded = layer->LoadHashes(); !loaded) layer = Failure(loaded.error());
+  }
   unchecked_ = layer ? "" : layer.error().message();
   if (!layer) return;
   layer_ = std::move(*layer);
@@ -41,10 +44,25 @@ Result<LayerReader> LayerCheck::OpenIndex(int file) const {
   }
   UNMOOR_ASSIGN(Fd pages, Duplicate(file));
   const std::string stem = path_.substr(0, path_.size() - kPagesSuffix.size());
-  UNMOOR_ASSIGN(LayerReader layer,
-                LayerReader::OpenMapped(std::move(pages), path_, stem + std::string(kIndexSuffix)));
-  UNMOOR_TRY(layer.LoadHashes());
-  return layer;
+  return LayerReader::OpenMapped(std::move(pages), path_, stem + std::string(kIndexSuffix));
+}
+
+bool LayerCheck::MoreFollows(FileOffset end) const {
+  std::optional<LayerReader> opened;
+  if (!layer_) {
+    auto index = OpenIndex(file_);
+    if (!index) return false;
+    opened = std::move(*index);
+  }
+  const LayerReader* const layer = layer_ ? &*layer_ : &*opened;
+  const std::vector<Extent>& extents = layer->extents();
+  const auto extent = std::ranges::partition_point(
+      extents, [&](const Extent& e) { return e.file_range().end <= end; });
+  if (extent == extents.end() || extent->offset >= end) return false;
+  const std::vector<Segment>& segments = layer->segments();
+  const auto next = std::ranges::partition_point(
+      segments, [&](const Segment& s) { return s.file_range().end <= end; });
+  return next != segments.end() && next->offset < extent->file_range().end;
 }
 
 std::optional<LayerCheck::Damage> LayerCheck::Truncated(FileOffset end) const {

@@ -33,6 +33,9 @@ class LayerCheck {
 
   // Why there are no hashes to hold it against; empty: there are.
   [[nodiscard]] const std::string& unchecked() const { return unchecked_; }
+  // Whether the extent that a mapping of the file ends in has pages behind that end, which it would
+  // show if it grew. False where there is no index to tell.
+  [[nodiscard]] bool MoreFollows(FileOffset end) const;
   // Where the file ends too soon for what is mapped up to `end`: what lies behind is the program's
   // SIGBUS to take, and zeros must not take its place.
   [[nodiscard]] std::optional<Damage> Truncated(FileOffset end) const;

@@ -46,7 +46,9 @@ Worker::Worker(Pid pid, const AgentOptions& options, OnFork on_fork, Legacy lega
       on_fork_(std::move(on_fork)),
       began_(MonotonicNow()),
       memory_room_(pid),
-      dropped_(std::move(legacy.dropped)) {}
+      dropped_(std::move(legacy.dropped)),
+      unreplaced_(std::move(legacy.unreplaced)),
+      cuts_(std::move(legacy.cuts)) {}
 
 Result<> Worker::Identify() {
   UNMOOR_ASSIGN(const ProcessInfo process, ReadProcess(pid_));
@@ -140,13 +142,17 @@ Result<> Worker::StopAndInject(Nanos stop_limit) {
   UNMOOR_TRY(KnowChildren());
   Result<> injected = stop_.Stop(stop_limit, [this] { return DrainOldEvents(); });
   if (injected) injected = ReplaceStopped();
-  if (!injected) {
-    // Their threads believe to have given these ranges back, and are about to run.
-    for (const VaddrRange range : given_back_) (void)OverwriteImage(range);
-  }
-  given_back_.clear();
+  if (!injected) KeepAnswers();
+  old_events_ = {};
   stop_.Release();
   return injected;
+}
+
+// Their threads believe to have given these ranges back, and are about to run: what can be done
+// from outside.
+void Worker::KeepAnswers() {
+  for (const VaddrRange range : old_events_.given_back) (void)OverwriteImage(range);
+  for (const VaddrRange range : old_events_.grown) (void)OverwriteImage(range);
 }
 
 // The events of before, for the sake of the threads that wait for one to be read, and only when no
@@ -158,7 +164,7 @@ Result<bool> Worker::DrainOldEvents() {
   UNMOOR_TRY(KnowChildren());
   UNMOOR_ASSIGN(auto event, ReadUffdEvent(old_uffd_.get()));
   if (!event) return false;
-  if (event->kind == UffdEvent::Kind::kRemove) given_back_.push_back(event->range);
+  Collect(*event, calls, old_events_);
   bool changed = false;
   NoteEvent(*event, calls, changed);
   return true;
@@ -185,7 +191,33 @@ Result<> Worker::OverwriteImage(VaddrRange range) const {
 Result<> Worker::ReplaceStopped() {
   UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid_));
   UNMOOR_TRY(RemoveHelperTraces(pid_, stop_.threads(), FindLeftovers(pid_, vmas)));
-  return InjectStopped(vmas);
+  if (!old_events_.unexplained.empty()) UNMOOR_TRY(ExplainMoves(old_events_));
+  UNMOOR_TRY(InjectStopped(vmas));
+  for (const VaddrRange range : old_events_.given_back) UNMOOR_TRY(Drop(range));
+  for (const VaddrRange range : old_events_.grown) UNMOOR_TRY(ZeroGrowth(range));
+  for (const Vaddr end : old_events_.cut) cuts_.insert(end.value);
+  UNMOOR_TRY(FindCuts(vmas));
+  return ConvertCuts();
+}
+
+// Where VMAs were shortened before we came, by events that an earlier worker has read and could not
+// answer any more: the index knows what would be seen if they grew again.
+Result<> Worker::FindCuts(std::span<const VmaInfo> vmas) {
+  for (size_t i = 0; i < vmas.size(); ++i) {
+    const VmaInfo& vma = vmas[i];
+    if (!IsKnownImage(vma)) continue;
+    const bool image_follows = i + 1 < vmas.size() && vmas[i + 1].range.begin == vma.range.end &&
+                               MapsPageImage(vmas[i + 1]);
+    if (image_follows) continue;  // an event tells when that goes
+    Area area;
+    area.inode = vma.inode;
+    area.dev_major = vma.dev_major;
+    area.dev_minor = vma.dev_minor;
+    area.file_vma = vma.range;
+    UNMOOR_ASSIGN(const ImageFile* file, FileOf(area));
+    if (file->check.MoreFollows(vma.offset + vma.range.size())) cuts_.insert(vma.range.end.value);
+  }
+  return {};
 }
 
 Result<> Worker::InjectStopped(std::span<const VmaInfo> vmas) {
@@ -197,7 +229,6 @@ Result<> Worker::InjectStopped(std::span<const VmaInfo> vmas) {
   UNMOOR_TRY(OpenTrackers(first));
   if (options_.guard == GuardPolicy::kFault) guard_.Begin(pid_, helper, stop_.threads());
   UNMOOR_TRY(RegisterAreas(vmas));
-  for (const VaddrRange range : given_back_) UNMOOR_TRY(Drop(range));
   return {};
 }
 
@@ -331,14 +362,14 @@ Result<> Worker::RemoveTraces(Nanos stop_limit) {
   const auto let_go = [&]() -> Result<bool> {
     // Nothing is to be watched any more; nobody may wait.
     UNMOOR_ASSIGN(const auto event, ReadUffdEvent(uffd_.get()));
-    if (event && event->kind == UffdEvent::Kind::kRemove) given_back_.push_back(event->range);
+    if (event) Collect(*event, {}, old_events_);
     return event.has_value();
   };
   Result<> removed = stop_.Stop(stop_limit, let_go);
   // Their threads are stopped, whoever else is not. Does nothing where no image is mapped.
-  for (const VaddrRange range : given_back_) (void)OverwriteImage(range);
+  KeepAnswers();
   if (removed) removed = RemoveTracesStopped();
-  given_back_.clear();
+  old_events_ = {};
   stop_.Release();
   return removed;
 }

@@ -48,6 +48,9 @@ class Worker final : public Carrier {
   struct Legacy {
     std::unique_ptr<ProgramStop> stop;  // may still trace threads that were asleep
     RangeSet dropped;  // anonymous since the program gave it back: parts of their areas
+    // What events told of and nobody has answered yet, since a thread did not stop.
+    std::set<uint64_t> cuts;
+    std::vector<VaddrRange> unreplaced;
   };
   Worker(Pid pid, const AgentOptions& options, OnFork on_fork, Legacy legacy = {});
   Worker(const Worker&) = delete;
@@ -81,7 +84,9 @@ class Worker final : public Carrier {
   // to be copied anew. Whether or not it succeeds another Worker goes on with what this one had.
   [[nodiscard]] Result<> StepAside();
   [[nodiscard]] Fd TakeUffd() { return std::move(uffd_.valid() ? uffd_ : old_uffd_); }
-  [[nodiscard]] Legacy TakeLegacy() { return {std::move(stop_owner_), std::move(dropped_)}; }
+  [[nodiscard]] Legacy TakeLegacy() {
+    return {std::move(stop_owner_), std::move(dropped_), std::move(cuts_), std::move(unreplaced_)};
+  }
 
   [[nodiscard]] bool AnotherAgentIsAtWork() const;
   [[nodiscard]] bool program_ended() const;
@@ -130,6 +135,8 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<bool> DrainOldEvents();
   [[nodiscard]] Result<> OverwriteImage(VaddrRange range) const;
   [[nodiscard]] Result<> ReplaceStopped();
+  void KeepAnswers();
+  [[nodiscard]] Result<> FindCuts(std::span<const VmaInfo> vmas);
   [[nodiscard]] Result<> InjectStopped(std::span<const VmaInfo> vmas);
   [[nodiscard]] Result<> RemoveTraces(Nanos stop_limit);
   [[nodiscard]] Result<> RemoveTracesStopped();
@@ -148,6 +155,7 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<> EndPutBack();
   [[nodiscard]] Result<> KnowChildren();
   [[nodiscard]] Result<> StopAndRead(HeldEvents& events, bool& changed);
+  static void Collect(const UffdEvent& event, const ThreadCalls& calls, HeldEvents& events);
   static void NoteMove(const MovedMemory& moved, const BlockedCall& call, HeldEvents& events);
   [[nodiscard]] Result<> ExplainMoves(HeldEvents& events);
   [[nodiscard]] Result<helper::Reply> RunSwaps(const OpList& ops);
@@ -196,6 +204,7 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<> ZeroGrowth(VaddrRange grown);
   [[nodiscard]] Result<> ZeroUnreplaced(std::span<const VaddrRange> given_back);
   [[nodiscard]] Result<> ZeroShown(const VmaInfo& vma, VaddrRange range);
+  [[nodiscard]] Result<> ConvertCuts();
   [[nodiscard]] Result<> ConvertShortened(Vaddr end);
   [[nodiscard]] Result<> ConvertHeld(size_t area);
   [[nodiscard]] Result<> ConvertHot();
@@ -227,7 +236,7 @@ class Worker final : public Carrier {
   HelperLink link_;
   Guard guard_;
   Fd old_uffd_;  // held until ours watches
-  std::vector<VaddrRange> given_back_;
+  HeldEvents old_events_;  // read from it, with nobody inside yet to answer them
   Fd uffd_;  // events and write tracking
   int helper_uffd_ = -1;
   Fd staging_;  // UFFDIO_MOVE into mirrors

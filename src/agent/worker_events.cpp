@@ -39,6 +39,7 @@ constexpr Bytes kHeapReach(uint64_t{1} << 40);
 constexpr Nanos kLongestHold(100'000'000);
 // A mapping that was shortened must not grow again before it is anonymous: it would show old bytes.
 constexpr Nanos kLongestHoldForCut(2'000'000'000);
+constexpr Nanos kLongestHoldOfStarved(60'000'000'000);
 constexpr int64_t kRunsAfterHoldInVain = 3;
 constexpr int kHotAreas = 16;
 constexpr Bytes kHotPart(uint64_t{2} << 20);
@@ -78,7 +79,8 @@ Result<bool> Worker::HandleEvents() {
   // Bounded: threads that give memory back without pause always have the next event ready.
   for (int i = 0; i < kEventsAtOnce; ++i) {
     UNMOOR_ASSIGN(const bool waiting, WaitReadable(uffd_.get(), Nanos(0)));
-    if (!waiting || !MayHold()) return changed;
+    // A mapping known to be shortened may grow at any moment.
+    if ((!waiting && cuts_.empty()) || !MayHold()) return changed;
     UNMOOR_ASSIGN(const ThreadCalls calls, ReadThreadCalls(pid_));
     // Before an event is read its thread still sleeps inside its system call, so what it asked for
     // can be made true first: killing us at any point leaves either the old state and the thread
@@ -94,7 +96,7 @@ Result<bool> Worker::HandleEvents() {
       UNMOOR_TRY(Drop(range));
     }
     // With more than one thread, the event may be one's whose call we have not seen yet.
-    const bool known = calls.threads == 1 && calls.blocked.size() == 1 && !copied_again &&
+    const bool known = waiting && calls.threads == 1 && calls.blocked.size() == 1 && !copied_again &&
                        unreplaced_.empty() &&
                        (GivesMemoryBack(calls.blocked.front()) || Forks(calls.blocked.front()));
     if (!known) {
@@ -152,11 +154,7 @@ Result<> Worker::HoldProgram(bool& changed) {
   // But not what needs everybody to stand still: a thread that does not stop may be in a transfer,
   // or in a vfork, by which memory changes that is just being copied.
   for (const Vaddr end : events.cut) cuts_.insert(end.value);
-  while (stopped && !cuts_.empty()) {
-    const Vaddr end(*cuts_.begin());
-    cuts_.erase(cuts_.begin());
-    UNMOOR_TRY(ConvertShortened(end));
-  }
+  if (stopped) UNMOOR_TRY(ConvertCuts());
   // A thread that has not stopped may have its pages still to empty.
   unsettled_ = !stopped && (unsettled_ || !events.given_back.empty());
   // Follows the machine: where it is busy, threads need their time to stop.
@@ -174,9 +172,14 @@ Result<> Worker::StopAndRead(HeldEvents& events, bool& changed) {
     UNMOOR_ASSIGN(const int64_t late, link_.Must(hold, "cannot stop the program's threads"));
     if (late == 0) return {};
     UNMOOR_ASSIGN(const bool waiting, WaitReadable(uffd_.get(), Nanos(0)));
-    const bool patient = !events.cut.empty() || !unreplaced_.empty();
+    const bool patient = !events.cut.empty() || !cuts_.empty() || !unreplaced_.empty();
     const Nanos limit = patient ? kLongestHoldForCut : hold_limit_;
-    if (!waiting && MonotonicNow() - began > limit) {
+    const Nanos held = MonotonicNow() - began;
+    if (!waiting && held > limit) {
+      // One that has only not had the CPU yet will stop.
+      const bool starved = patient && held < kLongestHoldOfStarved &&
+                           ReadThreadCalls(pid_).value_or(ThreadCalls()).runnable > 0;
+      if (starved) continue;
       return Failure(Error(ErrorKind::kMachine, EAGAIN,
                            fmt::format("a thread of process {} does not stop", pid_.value)));
     }
@@ -189,15 +192,19 @@ Result<> Worker::StopAndRead(HeldEvents& events, bool& changed) {
     UNMOOR_TRY(KnowChildren());
     UNMOOR_ASSIGN(auto event, ReadUffdEvent(uffd_.get()));
     if (!event) continue;
-    if (event->kind == UffdEvent::Kind::kRemove) events.given_back.push_back(event->range);
-    if (event->kind == UffdEvent::Kind::kUnmap) events.cut.push_back(event->range.begin);
-    if (event->kind == UffdEvent::Kind::kRemap) {
-      const MovedMemory moved{event->range, event->to};
-      const BlockedCall* mover = MoverOf(calls, event->range);
-      if (mover == nullptr) events.unexplained.push_back(moved);
-      if (mover != nullptr) NoteMove(moved, *mover, events);
-    }
+    Collect(*event, calls, events);
     NoteEvent(*event, calls, changed);
+  }
+}
+
+void Worker::Collect(const UffdEvent& event, const ThreadCalls& calls, HeldEvents& events) {
+  if (event.kind == UffdEvent::Kind::kRemove) events.given_back.push_back(event.range);
+  if (event.kind == UffdEvent::Kind::kUnmap) events.cut.push_back(event.range.begin);
+  if (event.kind == UffdEvent::Kind::kRemap) {
+    const MovedMemory moved{event.range, event.to};
+    const BlockedCall* mover = MoverOf(calls, event.range);
+    if (mover == nullptr) events.unexplained.push_back(moved);
+    if (mover != nullptr) NoteMove(moved, *mover, events);
   }
 }
 
@@ -373,6 +380,16 @@ Result<> Worker::ZeroShown(const VmaInfo& vma, VaddrRange range) {
       UNMOOR_TRY(ForceWriteMemory(pid_, vma.range.begin + (at - vma.offset), part));
       at = at + Bytes(part.size());
     }
+  }
+  return {};
+}
+
+// With every thread stopped.
+Result<> Worker::ConvertCuts() {
+  while (!cuts_.empty()) {
+    const Vaddr end(*cuts_.begin());
+    cuts_.erase(cuts_.begin());
+    UNMOOR_TRY(ConvertShortened(end));
   }
   return {};
 }

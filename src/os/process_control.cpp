@@ -141,6 +141,14 @@ int ProcessGroup(Pid pid) {
   return ::getpgid(pid.value);
 }
 
+int Session(Pid pid) {
+  return ::getsid(pid.value);
+}
+
+bool IsProcessGroup(Pid id) {
+  return id.value > 1 && (::kill(-id.value, 0) == 0 || errno == EPERM);
+}
+
 uint32_t OwnUid() {
   return ::geteuid();
 }

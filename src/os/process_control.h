@@ -61,6 +61,9 @@ class Urgent {
 [[nodiscard]] uint32_t OwnUid();  // effective
 // Process group of `pid` (0: our own).
 [[nodiscard]] int ProcessGroup(Pid pid);
+[[nodiscard]] int Session(Pid pid);
+// Whether any process, a zombie too, is in the process group of that id (above 1).
+[[nodiscard]] bool IsProcessGroup(Pid id);
 [[nodiscard]] Nanos MonotonicNow();
 [[nodiscard]] Nanos WallClockNow();  // since 1970, UTC
 void SleepFor(Nanos time);

@@ -232,7 +232,9 @@ Result<ThreadCalls> ReadThreadCalls(Pid pid) {
     if (!text) continue;  // that thread ended
     std::string_view rest = *text;
     ++calls.threads;
-    if (ThreadState(directory) == 't') ++calls.stopped;
+    const char state = ThreadState(directory);
+    if (state == 't') ++calls.stopped;
+    if (state == 'R') ++calls.runnable;
     BlockedCall call;
     call.thread = thread;
     // "running", or "-1" where it sleeps outside a system call.
@@ -294,6 +296,10 @@ Result<std::vector<Pid>> ReadTree(Pid root) {
     if (children) tree.insert(tree.end(), children->begin(), children->end());
   }
   return tree;
+}
+
+std::vector<Pid> ListProcesses() {
+  return ReadNumericNames("/proc").value_or(std::vector<Pid>());
 }
 
 }  // namespace unmoor

@@ -83,7 +83,8 @@ struct BlockedCall {
 struct ThreadCalls {
   std::vector<BlockedCall> blocked;
   size_t threads = 0;  // blocked or not
-  size_t stopped = 0;  // of these, by a tracer
+  size_t stopped = 0;   // of these, by a tracer
+  size_t runnable = 0;  // of these, on a CPU or waiting for one
   [[nodiscard]] size_t waiting_for_event() const;
 };
 [[nodiscard]] Result<ThreadCalls> ReadThreadCalls(Pid pid);
@@ -99,5 +100,7 @@ struct ThreadCalls {
 [[nodiscard]] bool MayBeForking(Pid pid, Pid thread);
 // `root` and all its descendants, parents before children.
 [[nodiscard]] Result<std::vector<Pid>> ReadTree(Pid root);
+// All processes, zombies too, in no order; those of a /proc that cannot be read are none.
+[[nodiscard]] std::vector<Pid> ListProcesses();
 
 }  // namespace unmoor

@@ -30,6 +30,7 @@
 #include "os/procfs.h"
 #include "os/socket.h"
 #include "restore/fill.h"
+#include "restore/free_ids.h"
 #include "restore/plan.h"
 #include "restore/prefetch.h"
 
@@ -38,9 +39,6 @@ namespace {
 
 constexpr int kGateFd = 3;  // inside criu: two of the gate, then the layers
 constexpr int kFirstLayerFd = 5;
-// A program just killed keeps its id until it has ended and its parent has reaped it.
-constexpr Nanos kZombiePatience{5'000'000'000};
-constexpr Nanos kDyingPatience{250'000'000};
 constexpr size_t kLayersAtOnce = 128;         // handed to criu before it is known which it maps
 constexpr Bytes kDeltasInMemory(uint64_t{16} << 20);
 constexpr char kLazySocket[] = "lazy-pages.socket";  // in criu's working directory
@@ -140,7 +138,7 @@ class Restorer {
   [[nodiscard]] Result<> ListLayers();
   [[nodiscard]] Result<> Open();
   [[nodiscard]] Result<> NumberLayers();
-  [[nodiscard]] Result<> CheckFreePids() const;
+  [[nodiscard]] std::vector<Pid> NeededIds() const;
   [[nodiscard]] Result<std::vector<LayerInfo>> PrepareToBring();
   [[nodiscard]] Result<> PrepareLazy();
   [[nodiscard]] Result<WaitingAgent> BeginAgent(const TemporaryView& view) const;
@@ -346,33 +344,12 @@ criu::CriuCommand Restorer::Command(const TemporaryView& view, const criu::Gate&
   return command;
 }
 
-// CRIU says "Can't fork: File exists"; better to say which process it is. In a PID namespace of its
-// own (root 1) every id is free.
-Result<> Restorer::CheckFreePids() const {
-  if (manifest_.root_vpid == 1) return {};
-  const Nanos begin = MonotonicNow();
-  for (const ManifestTask& task : manifest_.tasks) {
-    const Pid pid{static_cast<int>(task.vpid)};
-    auto info = ReadProcess(pid);
-    while (info) {
-      const bool ending = info->ended() || info->kernel_thread;
-      if (MonotonicNow() - begin > (ending ? kZombiePatience : kDyingPatience)) break;
-      SleepFor(Nanos(2'000'000));
-      info = ReadProcess(pid);
-    }
-    if (!info) continue;
-    if (info->state == 'Z') {
-      return MachineError(
-          "process id {} is still taken by the zombie of {}; its parent {} has to "
-          "reap it first, or restore below 'unshare -p'",
-          task.vpid, info->name, info->parent.value);
-    }
-    return UserError(
-        "process id {} is in use by {}; end that process first, or restore below "
-        "'unshare -p'",
-        task.vpid, info->name);
-  }
-  return {};
+// In a PID namespace of its own (root 1) every id is free.
+std::vector<Pid> Restorer::NeededIds() const {
+  std::vector<Pid> ids;
+  if (manifest_.root_vpid == 1) return ids;
+  for (const ManifestTask& task : manifest_.tasks) ids.push_back(Pid{static_cast<int>(task.vpid)});
+  return ids;
 }
 
 Result<> Restorer::FillView(const TemporaryView& view) const {
@@ -483,7 +460,7 @@ Result<Fd> Restorer::Restore(TemporaryView& view, std::optional<WaitingAgent>& a
   if (!opened_) UNMOOR_TRY(Open());
   if (agent) UNMOOR_TRY(agent->Expect(manifest_.tasks.size(), listener.get()));
   listener.Reset();
-  UNMOOR_TRY(CheckFreePids());
+  UNMOOR_TRY(AwaitFreeIds(NeededIds()));
   UNMOOR_TRY(FillView(view));
   if (eager()) UNMOOR_TRY(PrepareFill());
   UNMOOR_TRY(FaultPoint("restore.before_criu"));
@@ -562,7 +539,12 @@ Result<RestoredProgram> Restorer::Run() {
     (void)BecomeSubreaper();
     KillDescendants();
     if (!opened_) return Failure(error);
-    return Failure(Error(error.kind(), error.errnum(), error.message() + "; nothing was restored"));
+    std::string message = error.message();
+    if (message.find("File exists") != std::string::npos) {
+      const std::string who = WhoTakesId(NeededIds());
+      if (!who.empty()) message += "; " + who;
+    }
+    return Failure(Error(error.kind(), error.errnum(), message + "; nothing was restored"));
   }
   report_.elapsed = MonotonicNow() - begin;
   if (!options_.pidfile.empty()) {

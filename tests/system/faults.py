@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 
-from harness import (LATER, READY, UNMOOR, children, demand, differences, footprint, is_alive, main, poll,
+from harness import (LATER, READY, UNMOOR, USER_MISTAKE, children, demand, differences, footprint, is_alive, main, poll,
                      read_proc, state, tree_bytes)
 
 BIG = ("--threads", 2, "--mib", 384, "--sweep-ms", 500)
@@ -342,7 +342,8 @@ def restore_killed(story):
         time.sleep(attempt / 8 * whole)
         if restore.poll() is None:
             os.kill(restore.pid, signal.SIGKILL)
-        restore.wait(60)
+        code = restore.wait(60)
+        demand(code in (0, -signal.SIGKILL), f"exit code {code} of a restore that nobody killed")
         demand_nothing_restored(story, churn)
         # It may have been killed and not have ended yet.
         worked = churn.report()["operations"]
@@ -353,11 +354,43 @@ def restore_killed(story):
             story.wait_ready(churn)
             kill(churn.pid)
         churn.await_gone()
+        story.await_no_orphan()  # our helper in it may have come to us
         story.demand_no_agent()
     story.say(f"{ran} of 10 were killed too late")
     story.restore(churn, image)
     story.wait_ready(churn)
     churn.await_sweep()
+    churn.end()
+
+
+def id_of_a_group(story):
+    """An id is taken while a process, be it a zombie, is in the group or session of that id."""
+    churn = story.start("churn", "--mib", 8, before="(sleep 1000 &)")
+    image = story.dump(churn, "image", orphans=1)
+    churn.popen = None
+    sleep, = children(os.getpid())
+    outcome = story.unmoor("restore", "-D", image, "-d", expect=USER_MISTAKE)
+    demand(f"process id {churn.pid} is still the process group of sleep (process {sleep}); end that process first"
+           in outcome.err, outcome)
+    restore = story.popen([UNMOOR, "restore", "-D", image, "-d"])
+    kill(sleep)
+    time.sleep(1)
+    demand(restore.poll() is None, "the restore waits for the zombie to be reaped")
+    os.waitpid(sleep, 0)
+    demand(restore.wait(60) == 0, "the restore succeeds then")
+    story.wait_ready(churn)
+    churn.end()
+
+    churn = story.start("churn", "--mib", 8, before="(python3 -c 'import os, time; os.setpgid(0, 0); time.sleep(1000)' &)")
+    image = story.dump(churn, "of-a-session", orphans=1)
+    sleep, = children(os.getpid())
+    outcome = story.unmoor("restore", "-D", image, "-d", expect=1)
+    demand("File exists" in outcome.err and f"process id {churn.pid} is still the session of python3 (process {sleep})"
+           in outcome.err, outcome)
+    kill(sleep)
+    os.waitpid(sleep, 0)
+    story.restore(churn, image)
+    story.wait_ready(churn)
     churn.end()
 
 
@@ -609,7 +642,7 @@ STORIES = {
     "dump_killed": interrupted_dump(signal.SIGKILL, False),
 }
 for function in (worker_killed_semantics_kept, criu_killed_at_dump, criu_killed_at_restore,
-                 interrupted_restore, restore_killed, restore_killed_when_all_is_done,
+                 interrupted_restore, restore_killed, id_of_a_group, restore_killed_when_all_is_done,
                  restore_killed_while_criu_waits, foreground_restore,
                  disk_full_at_dump, disk_full_keeps_the_old_checkpoint, dump_while_direct_mapped,
                  dump_during_remap, dump_into_its_own_directory, image_moved_while_mapped,

@@ -39,7 +39,7 @@ SKIPPED = 77
 
 
 # unmoor's words, and criu's of a thread's id.
-PID_TAKEN = r"process id \d+ is in use by|process id \d+ is still taken|File exists|-17\b"
+PID_TAKEN = r"process id \d+ is in use by|process id \d+ is still t|File exists|-17\b"
 
 
 class Failed(Exception):
@@ -394,13 +394,16 @@ class Story:
         self.popens.append(process)
         return process
 
-    def start(self, program, *arguments, timeout=60):
-        """Starts one of tests/programs and waits until it is ready."""
+    def start(self, program, *arguments, timeout=60, before=""):
+        """Starts one of tests/programs and waits until it is ready. `before`: of a shell, in its process."""
         path = os.path.join(PROGRAMS, program)
         if not os.path.exists(path):
             raise Failed(f"{path} is not built")
         report = self.path(f"{program}-{len(self.popens)}.json")
-        popen = self.popen([path, "--report", report, *map(str, arguments)])
+        command = [path, "--report", report, *map(str, arguments)]
+        if before:
+            command = ["sh", "-c", before + '; exec "$@"', "sh", *command]
+        popen = self.popen(command)
         started = Program(self, popen.pid, report, popen)
         poll(lambda: started.report().get("ready") or popen.poll() is not None,
              f"{program} to be ready", timeout)
@@ -451,25 +454,25 @@ class Story:
                         text += f"\n  {os.path.join(path, log)}:\n    " + "\n    ".join(lines[-15:])
         return text
 
-    def dump(self, program, name, *arguments, **options):
+    def dump(self, program, name, *arguments, orphans=0, **options):
         """Checkpoints a program into folder/name; the program is gone afterwards."""
         folder = self.path(name)
         outcome = self.unmoor("dump", "-t", program.pid, "-D", folder, *arguments, **options)
         program.await_gone()
-        self.await_no_orphan()
+        self.await_no_orphan(orphans)
         self.say(f"dumped into {name} in {outcome.seconds:.2f} s, "
                  f"{tree_bytes(folder) >> 20} MiB on disk")
         return folder
 
-    def await_no_orphan(self):
-        """Children that a dumped program leaves behind come to us; their pids must become free."""
-        def none_left():
+    def await_no_orphan(self, but=0):
+        """Children that a dumped program leaves behind come to us; their pids must become free, `but` so many."""
+        def few_left():
             known = {process.pid for process in self.popens} | set(self.agents())
             orphans = [pid for pid in children(os.getpid()) if pid not in known]
             for pid in orphans:
                 reap(pid)
-            return not [pid for pid in orphans if exists(pid)]
-        poll(none_left, "the dumped program's children to be gone")
+            return len([pid for pid in orphans if exists(pid)]) <= but
+        poll(few_left, "the dumped program's children to be gone")
 
     def restore_root(self, folder, *arguments, **options):
         """Restores `folder`, detached; returns the root's pid and the command's outcome."""

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <thread>
 
+#include "agent/hold_off.h"
 #include "agent_fixture.h"
 #include "os/process_control.h"
 
@@ -155,6 +156,35 @@ TEST_F(EventsTest, WhileWatchedEverythingReadsAsAnonymousMemoryWould) {
   ASSERT_TRUE(report) << report.error().message();
   ExpectReady(pid);
   signals_->go = 1;
+  ExpectGoodEnd(pid);
+}
+
+TEST_F(EventsTest, MemoryShortenedWhileTheAgentIsOutGrowsIntoZeros) {
+  const PageImage image = MakePageImage(directory_, 512);
+  const Pid pid = StartWatched([&] {
+    Memory memory(image, *signals_);
+    ::raise(SIGSTOP);
+    AwaitGo(1);
+    memory.Shorten(200);  // sleeps until the agent is back
+    memory.GrowAgain(200);
+    signals_->ready = 1;
+    AwaitGo(2);
+    memory.CheckAll("after the remap");
+  });
+  {
+    auto dump = HoldOff::Begin(pid);
+    ASSERT_TRUE(dump && dump->Await(Nanos(10'000'000'000)).value());
+    signals_->go = 1;
+    ASSERT_TRUE(WaitUntil([&] {
+      const auto calls = ReadThreadCalls(pid);
+      return calls && calls->waiting_for_event() == 1;
+    }));
+  }
+  AwaitReady(1);
+  const auto report = RemapProcess(pid, {}, {});
+  ASSERT_TRUE(report) << report.error().message();
+  ExpectReady(pid);
+  signals_->go = 2;
   ExpectGoodEnd(pid);
 }
 

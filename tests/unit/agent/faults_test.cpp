@@ -65,6 +65,13 @@ class FaultsTest : public AgentTest {
     }
   }
 
+  // Its agent has said what it is about to do, which is the end of its beginning.
+  static bool IsInside(Pid pid) {
+    const auto progress = ReadProgress(pid);
+    const auto worker = progress ? ReadProcess(progress->worker) : MachineError("no progress");
+    return worker && !worker->ended();
+  }
+
   void ExpectCompletes(Pid pid) {
     EXPECT_EQ(AwaitEnd(StartRemap(pid, {})), 0) << remap_text();
     Result<ProcessStatus> status = QueryStatus(pid);
@@ -119,6 +126,33 @@ TEST_F(FaultsTest, AKilledHelperOrWorkerIsReplacedAndTheRemapCompletes) {
     EXPECT_TRUE(WaitUntil([&] { return FindProcesses("unmoor-agent").empty(); }));
     if (HasFailure()) return;
   }
+}
+
+// As when the worker was killed between reading the event and answering it.
+TEST_F(FaultsTest, WhatWasShortenedBeforeTheWorkerCameGrowsIntoZeros) {
+  const PageImage image = MakeLayer(directory_, 512);
+  const Pid pid = StartSubject([&] {
+    Memory memory(image, *signals_);
+    memory.Shorten(200);
+    ::raise(SIGSTOP);
+    signals_->ready = 1;
+    while (signals_->go == 0) SleepFor(Nanos(200'000));
+    memory.GrowAgain(200);
+    signals_->ready = 2;
+  });
+  AgentOptions watch;
+  watch.remap = false;
+  WatchStopped(pid, watch);
+  AwaitReady(1);
+  const std::vector<Pid> killed = Workers();
+  KillUnlessBorrowing(pid, killed);
+  EXPECT_TRUE(WaitUntil([&] {
+    const std::vector<Pid> now = Workers();
+    return now.size() == 1 && now != killed && IsInside(pid);
+  }));
+  signals_->go = 1;
+  AwaitReady(2);
+  ExpectGoodEnd(pid);
 }
 
 TEST_F(FaultsTest, AKilledSupervisorHarmsNothing) {

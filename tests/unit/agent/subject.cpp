@@ -7,9 +7,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <span>
 
+#include "image/layer_writer.h"
 #include "os/process_control.h"
 
 namespace unmoor::testing_agent {
@@ -48,6 +51,23 @@ PageImage MakePageImage(const std::string& directory, uint64_t pages) {
   ::close(fd);
   if (!ok) std::abort();
   return image;
+}
+
+PageImage MakeLayer(const std::string& directory, uint64_t pages) {
+  const std::string layers = directory + "/layers";
+  const std::string id = "00112233445566778899aabbccddeeff";
+  const Vaddr begin(uint64_t{1} << 32);
+  std::vector<uint64_t> words(kPageSize / 8);
+  auto writer = LayerWriter::Create(layers, id);
+  bool ok = writer && writer->AddTask(1, {{{begin, begin + Bytes(pages * kPageSize)}}});
+  for (uint64_t page = 0; page < pages && ok; ++page) {
+    if (page % 8 == 7) continue;
+    std::ranges::fill(words, ImageWord(page));
+    ok = writer->Write(1, begin + Bytes(page * kPageSize), std::as_bytes(std::span(words))).has_value();
+  }
+  const auto info = ok ? writer->Finish(false) : Result<LayerInfo>();
+  if (!ok || !info || info->extents.front().offset != FileOffset(0)) std::abort();
+  return {layers + "/" + id + ".pages", pages};
 }
 
 Memory::Memory(const PageImage& image, Signals& signals) : signals_(signals) {
@@ -93,6 +113,19 @@ void Memory::GiveBack(uint64_t page, uint64_t count, int advice) {
     return;
   }
   for (uint64_t i = page; i < page + count; ++i) expected_[i] = 0;
+}
+
+void Memory::Shorten(uint64_t pages) {
+  if (::munmap(At(pages), (expected_.size() - pages) * kPageSize) != 0) std::abort();
+}
+
+void Memory::GrowAgain(uint64_t from) {
+  const uint64_t whole = expected_.size() * kPageSize;
+  void* const grown = ::mremap(data_, from * kPageSize, whole, MREMAP_MAYMOVE);
+  if (grown == MAP_FAILED) std::abort();
+  MovedTo(static_cast<std::byte*>(grown));
+  std::fill(expected_.begin() + static_cast<long>(from), expected_.end(), 0);
+  CheckAll("grown again");
 }
 
 void Memory::Lap(uint64_t turn, uint64_t of, bool give_back) {

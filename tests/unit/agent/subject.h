@@ -39,6 +39,8 @@ struct PageImage {
   uint64_t pages = 0;
 };
 PageImage MakePageImage(const std::string& directory, uint64_t pages);
+// The same as a layer with an index, in the same place.
+PageImage MakeLayer(const std::string& directory, uint64_t pages);
 uint64_t ImageWord(uint64_t page);  // what each word of that page holds
 
 // Memory mapped from a page image, and what the program that uses it expects to read there.
@@ -55,6 +57,10 @@ class Memory {
   void CheckAll(const char* when);
   void Write(uint64_t page);
   void GiveBack(uint64_t page, uint64_t count, int advice);
+  // munmap of what is behind its first `pages`; mremap that brings the rest back, zero:
+  // in place, unless something has been mapped there meanwhile.
+  void Shorten(uint64_t pages);
+  void GrowAgain(uint64_t from);
   // After the program changed the memory by other means.
   void Expect(uint64_t page, uint64_t word) { expected_[page] = word; }
   // After mremap.
