@@ -188,6 +188,25 @@ TEST_F(EventsTest, MemoryShortenedWhileTheAgentIsOutGrowsIntoZeros) {
   ExpectGoodEnd(pid);
 }
 
+// The upper part is a mapping of its own by its protection, moved away as a whole.
+TEST_F(EventsTest, WhereThePartAboveWasMovedAwayMemoryGrowsIntoZeros) {
+  const PageImage image = MakePageImage(directory_, 512);
+  const Pid pid = StartWatched([&] {
+    Memory memory(image, *signals_);
+    ::raise(SIGSTOP);
+    constexpr uint64_t kLower = 200;
+    const uint64_t size = (memory.pages() - kLower) * kPageSize;
+    void* const place =
+        ::mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (::mprotect(memory.At(kLower), size, PROT_READ) != 0 ||
+        ::mremap(memory.At(kLower), size, size, MREMAP_MAYMOVE | MREMAP_FIXED, place) != place) {
+      std::abort();
+    }
+    memory.GrowAgain(kLower);
+  });
+  ExpectGoodEnd(pid);
+}
+
 TEST_F(EventsTest, WhileRemappedEverythingReadsAsAnonymousMemoryWould) {
   const PageImage image = MakePageImage(directory_, 1024);
   for (int round = 0; round < 4; ++round) {
