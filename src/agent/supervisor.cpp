@@ -14,6 +14,7 @@
 #include "agent/progress_file.h"
 #include "agent/unfinished_restore.h"
 #include "agent/worker.h"
+#include "base/fault_point.h"
 #include "base/log.h"
 #include "os/daemon.h"
 #include "os/file.h"
@@ -24,7 +25,10 @@
 namespace unmoor {
 namespace {
 
+// As many at once; from then on there is a pause before each. One that lived so long counts anew.
 constexpr int kRestarts = 8;
+constexpr Nanos kRestartPause(5'000'000'000);
+constexpr Nanos kLivedLong(10'000'000'000);
 constexpr Nanos kFirstMoments(20'000'000);
 constexpr Nanos kRetry(5'000'000'000);
 constexpr Nanos kLookAgain(20'000'000);
@@ -40,6 +44,7 @@ struct WorkerTask {
   SupervisorTask task;
   bool forked = false;  // a child born while its parent was direct-mapped
   bool again = false;   // an earlier worker may have been inside
+  Nanos pause = {};     // before it begins
 };
 
 class WorkerProcess {
@@ -53,6 +58,7 @@ class WorkerProcess {
     guarded_ = old_uffd.valid();
     UNMOOR_ASSIGN(program_, OpenPidFd(task_.task.pid));
     UNMOOR_TRY(Enter());
+    if (task_.again) UNMOOR_TRY(FaultPoint("agent.begin_again"));
     const bool restored = task_.task.stopped && !task_.again;
     const bool puts_back = !task_.task.put_back.empty() && !task_.again;
     UNMOOR_ASSIGN(bool direct_mapped, restored
@@ -84,11 +90,15 @@ class WorkerProcess {
 
   void Fail(const Error& error) {
     spdlog::warn("process {}: {}", task_.task.pid.value, error.message());
-    if (ProgramEnded()) {
+    if (ProgramEnded() || !ReadProcess(task_.task.pid)) {
       (void)Finish();
-    } else if (!CallsForAnother(error)) {
-      Post(MakeMessage(AgentMessage::Kind::kFailed, task_.task.pid, error.message()), -1);
+      return;
     }
+    const bool again = CallsForAnother(error);
+    if (again && (error.errnum() == EPIPE || error.errnum() == EAGAIN)) return;
+    using Kind = AgentMessage::Kind;
+    const Kind kind = again ? Kind::kProblem : Kind::kFailed;
+    Post(MakeMessage(kind, task_.task.pid, error.message()), -1);
   }
 
  private:
@@ -121,7 +131,7 @@ class WorkerProcess {
         return {};
       }
       if (worker_->AnotherAgentIsAtWork()) {
-        return MachineError("another agent is at work on process {}", task_.task.pid.value);
+        return AnotherAtWork(task_.task.pid);
       }
       SleepFor(kAsideLook);
       if (ProgramEnded()) return SystemError(ESRCH, "the program ended meanwhile");
@@ -176,10 +186,10 @@ class WorkerProcess {
     }
   }
 
-  // The helper died, or the program could not be stopped this time: the supervisor starts another
-  // worker, and until then nothing that was watched is let go.
+  // What is watched stays watched whatever went wrong: the supervisor starts another worker, and
+  // until then the events wait. Unless somebody else watches it by now.
   bool CallsForAnother(const Error& error) const {
-    return error.errnum() == EPIPE || (error.errnum() == EAGAIN && guarded_);
+    return error.errnum() == EPIPE || (guarded_ && error.errnum() != EALREADY);
   }
 
   // Where the remap cannot go on (memory that must not move just now, none left for staging), the
@@ -229,6 +239,8 @@ class WorkerProcess {
 [[noreturn]] void WorkerMain(const WorkerTask& task, const AgentOptions& options, Fd socket,
                              Fd old_uffd) {
   NoticeSignal();
+  // Readable: the supervisor has ended.
+  if (task.pause.value > 0 && WaitReadable(socket.get(), task.pause).value_or(true)) ExitProcess(1);
   WorkerProcess process(task, options, std::move(socket));
   const auto result = process.Run(std::move(old_uffd));
   if (!result) process.Fail(result.error());
@@ -257,6 +269,7 @@ struct Child {
   bool guarded = false;
   bool recorded = false;
   bool told_to_run = false;  // but not said to run yet
+  Nanos began;               // the worker
   int restarts = 0;
 };
 
@@ -324,6 +337,7 @@ class Supervisor {
       WorkerMain(task, options_, std::move(pair.theirs), std::move(uffd));
     }
     child.worker = pid;
+    child.began = MonotonicNow();
     child.socket = std::move(pair.ours);
     return {};
   }
@@ -510,12 +524,15 @@ class Supervisor {
     ended_.push_back(child.worker);  // its socket closes some moments before it can be reaped
     child.socket.Reset();
     if (child.done || child.spare) return;
-    if (++child.restarts > kRestarts) {
+    if (MonotonicNow() - child.began > kLivedLong) child.restarts = 0;
+    const bool often = ++child.restarts > kRestarts;
+    if (often && child.task.task.stopped) {
       const std::string why = "its agent died again and again";
       FinishProgress(child.task.task.pid, OwnPid(), why);
-      if (child.task.task.stopped) SayThatItFailed(child.task.task.pid, why);
+      SayThatItFailed(child.task.task.pid, why);
       return;
     }
+    child.task.pause = often ? kRestartPause : Nanos(0);
     spdlog::warn("the worker for process {} died; starting another", child.task.task.pid.value);
     child.task.again = true;
     child.guarded = child.recorded = false;

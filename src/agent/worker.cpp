@@ -60,11 +60,16 @@ Result<> Worker::Identify() {
   return {};
 }
 
+Failure AnotherAtWork(Pid pid) {
+  return Failure(Error(ErrorKind::kMachine, EALREADY,
+                       fmt::format("another agent is at work on process {}", pid.value)));
+}
+
 Result<bool> Worker::Begin(Fd old_uffd, bool inside) {
   old_uffd_ = std::move(old_uffd);
   UNMOOR_TRY(Identify());
   if (AnotherAgentIsAtWork()) {
-    return MachineError("another agent is at work on process {}", pid_.value);
+    return AnotherAtWork(pid_);
   }
   UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid_));
   const std::vector<Leftover> leftovers = FindLeftovers(pid_, vmas);
@@ -196,19 +201,19 @@ Result<> Worker::ReplaceStopped() {
   for (const VaddrRange range : old_events_.given_back) UNMOOR_TRY(Drop(range));
   for (const VaddrRange range : old_events_.grown) UNMOOR_TRY(ZeroGrowth(range));
   for (const Vaddr end : old_events_.cut) cuts_.insert(end.value);
-  UNMOOR_TRY(FindCuts(vmas));
+  UNMOOR_TRY(FindCuts());
   return ConvertCuts();
 }
 
 // Where VMAs were shortened before we came, by events that an earlier worker has read and could not
 // answer any more: the index knows what would be seen if they grew again.
-Result<> Worker::FindCuts(std::span<const VmaInfo> vmas) {
+Result<> Worker::FindCuts() {
+  UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid_));
   for (size_t i = 0; i < vmas.size(); ++i) {
     const VmaInfo& vma = vmas[i];
     if (!IsKnownImage(vma)) continue;
-    const bool image_follows = i + 1 < vmas.size() && vmas[i + 1].range.begin == vma.range.end &&
-                               MapsPageImage(vmas[i + 1]);
-    if (image_follows) continue;  // an event tells when that goes
+    // More of the image, or what the program gave back of it: an event tells when that goes.
+    if (i + 1 < vmas.size() && vmas[i + 1].range.begin == vma.range.end) continue;
     Area area;
     area.inode = vma.inode;
     area.dev_major = vma.dev_major;
@@ -240,13 +245,13 @@ Result<> Worker::WaitForEarlierHelpers() const {
     UNMOOR_ASSIGN(const std::vector<HelperChild> helpers, FindHelpers(pid_));
     if (std::ranges::all_of(helpers, &HelperChild::ended)) return {};
     if (AnotherAgentIsAtWork()) {
-      return MachineError("another agent is at work on process {}", pid_.value);
+      return AnotherAtWork(pid_);
     }
     if (MonotonicNow() - began > kStopLimit) {
       for (const HelperChild& helper : helpers) (void)SendSignal(helper.pid, SIGKILL);
     }
     if (MonotonicNow() - began > kStopLimit + kStopLimit) {
-      return MachineError("another agent is at work on process {}", pid_.value);
+      return AnotherAtWork(pid_);
     }
     SleepFor(Nanos(1'000'000));
   }

@@ -39,6 +39,9 @@
 
 namespace unmoor {
 
+// Errnum EALREADY: somebody else watches the program, and we need not.
+[[nodiscard]] Failure AnotherAtWork(Pid pid);
+
 class Worker final : public Carrier {
  public:
   // Called with a forked child of the program and the userfaultfd that watches it.
@@ -136,7 +139,7 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<> OverwriteImage(VaddrRange range) const;
   [[nodiscard]] Result<> ReplaceStopped();
   void KeepAnswers();
-  [[nodiscard]] Result<> FindCuts(std::span<const VmaInfo> vmas);
+  [[nodiscard]] Result<> FindCuts();
   [[nodiscard]] Result<> InjectStopped(std::span<const VmaInfo> vmas);
   [[nodiscard]] Result<> RemoveTraces(Nanos stop_limit);
   [[nodiscard]] Result<> RemoveTracesStopped();

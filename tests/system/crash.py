@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 
 from harness import SOURCE, demand, exists, main, poll, reap
 from store import DAMAGED, data_ranges, flip, layer_files, verify
@@ -29,6 +30,7 @@ POINTS = {
 }
 ELSEWHERE = {  # made to fail, or killed at, by the tests named
     "fill.piece": "tests/system/modes.py, eager_restore_killed",
+    "agent.begin_again": "tests/system/faults.py, worker_fails",
     "kernel.collapse": "tests/system/churn.py, without_huge_pages",
     "kernel.uffdio_move": "tests/system/churn.py, without_uffdio_move",
     "pack.frame": "tests/unit/image/packed_test.cpp",
@@ -180,11 +182,19 @@ def end(churn):
 
 
 def remap(bench, point):
-    """The agent's workers are killed there, one after the other, until it gives up."""
+    """The agent's workers are killed there, one after the other; others take over from the agent."""
     churn = bench.churn
     end(churn)
     bench.story.restore(churn, bench.image, environment={"UNMOOR_FAULT": f"{point}:kill"})
     churn.await_progress("works while its agents are killed")
+
+    def pauses():
+        before = bench.story.agents()
+        time.sleep(1)
+        return before and before == bench.story.agents()
+    poll(pauses, "the pause before one more worker")  # in which no thread is borrowed
+    for pid in bench.story.agents():
+        os.kill(pid, signal.SIGKILL)
     poll(lambda: bench.story.unmoor("remap", "-t", churn.pid, expect=None).code == 0, "a remap of another agent's", 60, 0.2)
     bench.story.wait_ready(churn)
     churn.await_sweep()

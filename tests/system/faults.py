@@ -111,6 +111,27 @@ def worker_killed_semantics_kept(story):
     churn.end()
 
 
+def worker_fails(story):
+    """Where no worker can begin again, who gives memory back waits, and sees no old bytes."""
+    churn = story.start("churn", "--threads", 2, "--mib", 64, "--dontneed")
+    image = story.dump(churn, "image")
+    story.restore(churn, image, "--remap", "off", environment={"UNMOOR_FAULT": "agent.begin_again:error@*"})
+    churn.await_progress("works while watched", amount=5000)
+    for pid in workers_and_supervisors(story)[0]:
+        kill(pid)
+
+    def stands():
+        before = churn.report()["operations"]
+        time.sleep(1)
+        return churn.report()["operations"] == before
+    poll(stands, "both threads to wait")
+    demand(story.agents(), "the supervisor holds what they wait for")
+    churn.demand_alive("while it waits")
+    kill(churn.pid)
+    churn.await_gone()
+    poll(lambda: not story.agents(), "the agent to end with its program")
+
+
 def interrupted_remap(sign):
     """`unmoor remap` in the foreground meets Ctrl-C (or kill -9) at several moments."""
     def story(story):
@@ -641,7 +662,7 @@ STORIES = {
     "dump_interrupted_alone": interrupted_dump(signal.SIGINT, False),
     "dump_killed": interrupted_dump(signal.SIGKILL, False),
 }
-for function in (worker_killed_semantics_kept, criu_killed_at_dump, criu_killed_at_restore,
+for function in (worker_killed_semantics_kept, worker_fails, criu_killed_at_dump, criu_killed_at_restore,
                  interrupted_restore, restore_killed, id_of_a_group, restore_killed_when_all_is_done,
                  restore_killed_while_criu_waits, foreground_restore,
                  disk_full_at_dump, disk_full_keeps_the_old_checkpoint, dump_while_direct_mapped,
