@@ -14,7 +14,9 @@ import time
 from harness import (LATER, READY, UNMOOR, USER_MISTAKE, children, demand, differences, footprint, is_alive, main, poll,
                      read_proc, state, tree_bytes)
 
-BIG = ("--threads", 2, "--mib", 384, "--sweep-ms", 500)
+# Not so fast that it keeps from the CPU what is tested.
+MODEST = ("--threads", 2, "--rate", 20000)
+BIG = (*MODEST, "--mib", 384, "--sweep-ms", 500)
 
 
 def parent_of(pid):
@@ -229,7 +231,7 @@ def kill_while_waited_for(dump, churn):
 
 def criu_killed_at_dump(story):
     """criu dies of kill -9 while it hands over pages: the program runs on, nothing is written."""
-    churn = story.start("churn", "--threads", 2, "--mib", 384)
+    churn = story.start("churn", *MODEST, "--mib", 384)
     before = footprint(churn.pid)
     image, err = story.path("image"), story.path("err")
     for mib in (16, 128):
@@ -496,7 +498,7 @@ def foreground_restore(story):
 
 
 def disk_full_at_dump(story):
-    churn = story.start("churn", "--threads", 2, "--mib", 256)
+    churn = story.start("churn", *MODEST, "--mib", 256)
     before = footprint(churn.pid)
     small = story.mount_tmpfs("small", 64)
     outcome = story.unmoor("dump", "-t", churn.pid, "-D", os.path.join(small, "image"), expect=1)
@@ -533,7 +535,7 @@ def disk_full_keeps_the_old_checkpoint(story):
 
 def dump_while_direct_mapped(story):
     """The dump finishes the remap first and says so; the first image is not needed afterwards."""
-    churn = story.start("churn", "--threads", 2, "--mib", 256)
+    churn = story.start("churn", *MODEST, "--mib", 256)
     first = story.dump(churn, "first")
     story.restore(churn, first, "--remap", "off")
     churn.await_progress("works while direct-mapped")
@@ -567,7 +569,7 @@ def dump_during_remap(story):
 
 def dump_into_its_own_directory(story):
     """The directory that the program is mapped from is replaced by its new checkpoint, safely."""
-    churn = story.start("churn", "--threads", 2, "--mib", 256)
+    churn = story.start("churn", *MODEST, "--mib", 256)
     image = story.dump(churn, "image")
     for mode in (("--remap", "off"), ()):
         story.restore(churn, image, *mode)
@@ -587,7 +589,7 @@ def dump_into_its_own_directory(story):
 
 def image_moved_while_mapped(story):
     """The directory may be renamed while a program is mapped from it."""
-    churn = story.start("churn", "--threads", 2, "--mib", 256)
+    churn = story.start("churn", *MODEST, "--mib", 256)
     image = story.dump(churn, "image")
     story.restore(churn, image, "--remap", "off")
     os.rename(image, story.path("elsewhere"))
@@ -601,7 +603,7 @@ def image_moved_while_mapped(story):
 
 def image_deleted_while_mapped(story):
     """Deleting it too early loses nothing as long as the program lives: the file is only unlinked."""
-    churn = story.start("churn", "--threads", 2, "--mib", 256)
+    churn = story.start("churn", *MODEST, "--mib", 256)
     image = story.dump(churn, "image")
     story.restore(churn, image, "--remap", "off")
     shutil.rmtree(image)
