@@ -11,12 +11,13 @@ namespace {
 
 constexpr Bytes kPage(kPageSize);
 
-// The addresses of the block that the first page of `run` is in.
-VaddrRange BlockOf(const OverlayRun& run) {
-  const Bytes into(run.offset.value % kBlockSize);
+// The addresses of the piece of the layer that the first page of `run` is in.
+VaddrRange PieceOf(const OverlayRun& run, uint64_t size) {
+  const Bytes into(run.offset.value % size);
   const Vaddr begin(run.range.begin.value - std::min(run.range.begin.value, into.value));
-  return {begin, run.range.begin + (Bytes(kBlockSize) - into)};
+  return {begin, run.range.begin + (Bytes(size) - into)};
 }
+VaddrRange BlockOf(const OverlayRun& run) { return PieceOf(run, kBlockSize); }
 
 // Whether both come from one place, were they one run.
 bool Continue(const OverlayRun& a, const OverlayRun& b) {
@@ -73,13 +74,27 @@ Result<AddressSpace::Step> AddressSpace::Serve(VaddrRange page, VerifiedBlocks& 
                 Place(page, block.subspan(run->offset.value % kBlockSize, kPageSize)));
   if (step != Step::kDone) return step;
   UNMOOR_ASSIGN(const Step around, PlaceBlock(*run, block));
+  BringSoon(*run, source.PieceSize(run->layer));
   return around == Step::kGone ? around : Step::kDone;
+}
+
+// In the place of something that has come, if there is any.
+void AddressSpace::BringSoon(const OverlayRun& run, uint64_t piece_size) {
+  const VaddrRange piece = PieceOf(run, piece_size);
+  if (piece_size == kBlockSize) return;  // all of it was placed
+  if (cursor_.first > 0) {
+    first_[--cursor_.first] = piece;
+  } else {
+    first_.insert(first_.begin(), piece);
+  }
+  cursor_.in_first = Vaddr();
 }
 
 Result<AddressSpace::Step> AddressSpace::BringNext(VerifiedBlocks& source) {
   Cursor cursor = cursor_;
   const auto run = Next(cursor);
   if (!run) return Step::kDone;
+  if (source.IsComing(BlockAt(run->layer, run->offset))) return Step::kWait;
   const auto block = source.Block(run->layer, run->offset);
   if (!block) {
     damage_ = block.error().message();

@@ -4,6 +4,7 @@
 // A page goes into place once; whatever is there already stays. Where the kernel says that the
 // space is changing, nothing is concluded: the event has to be read first (Changed, by the owner).
 // A block that is damaged is set aside, so that all others come; touching it is an error.
+// What has been read together with a page somebody waited for (a packed layer's frame) comes next.
 // One thread. The descriptor is the owner's.
 #pragma once
 
@@ -58,6 +59,8 @@ class AddressSpace {
   [[nodiscard]] Bytes given_back() const { return given_back_; }
 
  private:
+  // What is at hand with `run`'s first page comes before all else.
+  void BringSoon(const OverlayRun& run, uint64_t piece_size);
   // How far all has been brought.
   struct Cursor {
     size_t first = 0;  // in first_,
