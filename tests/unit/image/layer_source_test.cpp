@@ -39,6 +39,7 @@ Result<LayerInfo> MakeLayer(const std::string& directory) {
 class LayerSourceTest : public ::testing::Test {
  protected:
   void SetUp() override {
+    ASSERT_OK(MakeDirectory(plain()));
     const auto info = MakeLayer(LayersDirectory(plain()));
     ASSERT_OK(info);
     info_ = *info;
