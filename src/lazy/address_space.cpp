@@ -73,21 +73,11 @@ Result<AddressSpace::Step> AddressSpace::Serve(VaddrRange page, VerifiedBlocks& 
   UNMOOR_ASSIGN(const Step step,
                 Place(page, block.subspan(run->offset.value % kBlockSize, kPageSize)));
   if (step != Step::kDone) return step;
-  UNMOOR_ASSIGN(const Step around, PlaceBlock(*run, block));
-  BringSoon(*run, source.PieceSize(run->layer));
-  return around == Step::kGone ? around : Step::kDone;
-}
-
-// In the place of something that has come, if there is any.
-void AddressSpace::BringSoon(const OverlayRun& run, uint64_t piece_size) {
-  const VaddrRange piece = PieceOf(run, piece_size);
-  if (piece_size == kBlockSize) return;  // all of it was placed
-  if (cursor_.first > 0) {
-    first_[--cursor_.first] = piece;
-  } else {
-    first_.insert(first_.begin(), piece);
+  UNMOOR_ASSIGN(Step around, PlaceBlock(*run, block));
+  if (around == Step::kDone && source.PieceSize(run->layer) > kBlockSize) {
+    UNMOOR_ASSIGN(around, PlacePiece(*run, source));
   }
-  cursor_.in_first = Vaddr();
+  return around == Step::kGone ? around : Step::kDone;
 }
 
 Result<AddressSpace::Step> AddressSpace::BringNext(VerifiedBlocks& source) {
@@ -129,6 +119,20 @@ std::vector<BlockName> AddressSpace::Upcoming(size_t count) const {
     blocks.push_back(BlockAt(run->layer, run->offset));
   }
   return blocks;
+}
+
+Result<AddressSpace::Step> AddressSpace::PlacePiece(const OverlayRun& run, VerifiedBlocks& source) {
+  const VaddrRange piece = PieceOf(run, source.PieceSize(run.layer));
+  Vaddr at = piece.begin;
+  for (auto part = pages_.Next(at); part && part->range.begin < piece.end; part = pages_.Next(at)) {
+    at = part->range.end;
+    if (!Continue(*part, run)) continue;
+    at = BlockOf(*part).end;
+    UNMOOR_ASSIGN(const auto block, source.Block(part->layer, part->offset));
+    UNMOOR_ASSIGN(const Step step, PlaceBlock(*part, block));
+    if (step != Step::kDone) return step;
+  }
+  return Step::kDone;
 }
 
 // What is to come from the block that `run` begins in, wherever of it.

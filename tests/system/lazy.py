@@ -78,8 +78,8 @@ def packed_zstd(story):
 
 
 def packed_on_demand(story):
-    """Each touch decompresses what it needs, and no more comes than was touched."""
-    churn = story.start("churn", "--threads", 1, "--mib", 256, *TOUCHES_LITTLE)
+    """A touch brings the 2 MiB that are decompressed for it, and no more."""
+    churn = story.start("churn", "--threads", 1, "--mib", 256, "--rate", 10, *TOUCHES_LITTLE[2:])
     image = story.dump(churn, "image", "--compress", "lz4")
     before = listing(image)
     story.restore(churn, image, *LAZY, environment=HELD)
@@ -278,7 +278,8 @@ def damage_packed(story, image, how):
 
 def damaged(how, damage=damage, form=(), suffix=r"\.pages"):
     def story(story):
-        churn = story.start("churn", "--threads", 1, "--mib", 128, *TOUCHES_LITTLE)
+        # Of a packed layer each touch brings 2 MiB.
+        churn = story.start("churn", "--threads", 1, "--mib", 128, "--rate", 10 if form else 50, *TOUCHES_LITTLE[2:])
         image = story.dump(churn, "image", *form)
         log = story.path("agent.log")
         story.restore(churn, image, *LAZY, "--agent-log", log, environment=HELD)
