@@ -1,12 +1,12 @@
 // LayerSource: the pages of one layer for whoever brings them himself, plain or packed.
 //
-// Read piece by piece, each held against its hashes before anybody sees it: of a plain layer a block
-// (64 KiB), of a packed one the 2 MiB that a frame holds, since it is decompressed whole. A piece that
-// cannot be read whole, or does not match, is an error that names the file and the offset; never
-// zeros. Nothing is written anywhere: a packed layer stays packed.
+// Read piece by piece, each held against its hashes before anybody sees it: of a plain layer a
+// block (64 KiB), of a packed one the 2 MiB that a frame holds, since it is decompressed whole. A
+// piece that cannot be read whole, or does not match, is an error that names the file and the
+// offset; never zeros. Nothing is written anywhere: a packed layer stays packed.
 //
-// Immutable but for LoadHashes; const functions may be called from any thread, each with a scratch of
-// its own. Document: docs/format.md, "Hash", "Packed layer".
+// Immutable but for LoadHashes; const functions may be called from any thread, each with a scratch
+// of its own. Document: docs/format.md, "Hash", "Packed layer".
 #pragma once
 
 #include <cstddef>
@@ -34,8 +34,8 @@ class LayerSource {
     std::vector<std::byte> content;
   };
 
-  // The layer `entry` of the checkpoint in `dir`, in the form it has; checks also that it is the one
-  // the manifest means.
+  // The layer `entry` of the checkpoint in `dir`, in the form it has; checks also that it is the
+  // one the manifest means.
   [[nodiscard]] static Result<std::unique_ptr<LayerSource>> Open(const std::string& dir,
                                                                  const ManifestLayer& entry);
   // One opened already.

@@ -59,7 +59,8 @@ Result<std::span<const std::byte>> VerifiedPages::InFrame(uint32_t layer, FileRa
   });
   if (frame == frames_.end()) {
     const bool more = frames_.size() < kFrames;
-    frame = more ? frames_.emplace(frames_.end()) : std::ranges::min_element(frames_, {}, &Frame::used);
+    frame =
+        more ? frames_.emplace(frames_.end()) : std::ranges::min_element(frames_, {}, &Frame::used);
     frame->bytes.resize(size);
     frame->used = 0;  // what it holds is nothing should this fail
     UNMOOR_TRY(source.ReadPiece(begin, frame->bytes, scratch_));

@@ -3,10 +3,10 @@
 //
 // For whoever takes much from one place: pages are not copied, they are looked at through a mapping
 // that moves along (one for each layer). Where that does not work they are read into a buffer. Of a
-// packed layer a frame is decompressed, and kept until kFrames others have been (in all, not for each
-// layer: a piece of memory is made of a few). A block that cannot be read whole, or does not match, is an error that names the file and the
-// offset; never zeros. A page that the kernel drops and then cannot read again, within the moment in
-// which it is used, ends the process (SIGBUS).
+// packed layer a frame is decompressed, and kept until kFrames others have been (in all, not for
+// each layer: a piece of memory is made of a few). A block that cannot be read whole, or does not
+// match, is an error that names the file and the offset; never zeros. A page that the kernel drops
+// and then cannot read again, within the moment in which it is used, ends the process (SIGBUS).
 // One thread. Document: docs/format.md, "Hash". Single blocks, asked for anywhere: verified_blocks.h.
 #pragma once
 

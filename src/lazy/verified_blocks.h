@@ -6,9 +6,9 @@
 // the file. What cannot be read whole, or does not match, is an error that names the file and
 // the offset; never zeros. Document: docs/format.md, "Hash".
 //
-// Layers are read in their pieces (image/layer_source.h): a block of a plain one, a frame of a packed
-// one. A piece has a place of its size, kBlocks and kFrames in all (2 and 16 MiB), which it keeps until
-// room is needed and it is the one that was wanted least recently.
+// Layers are read in their pieces (image/layer_source.h): a block of a plain one, a frame of a
+// packed one. A piece has a place of its size, kBlocks and kFrames in all (2 and 16 MiB), which it
+// keeps until room is needed and it is the one that was wanted least recently.
 //
 //   owner    free ──▶ wanted ──▶ free      free ──▶ there, as it reads itself
 //            there, failed ──▶ free
@@ -69,7 +69,8 @@ class VerifiedBlocks {
   // How many blocks say all that can be expected, if they follow one another.
   [[nodiscard]] size_t ahead() const;
   [[nodiscard]] bool IsReadAhead(BlockName block);
-  // It is being read, and by others as soon as by us: who is in no hurry looks again a little later.
+  // It is being read, and by others as soon as by us: who is in no hurry looks again a little
+  // later.
   [[nodiscard]] bool IsComing(BlockName block);
   // The bytes of the layer around `at` that are read, and so at hand, together.
   [[nodiscard]] uint64_t PieceSize(uint32_t layer) const { return layers_[layer]->piece_size(); }
@@ -79,8 +80,9 @@ class VerifiedBlocks {
   struct Place {
     std::span<std::byte> bytes;
     std::atomic<State> state = State::kFree;
-    std::atomic<uint64_t> turn = 0;  // when it was wanted: the wanted one with the least is read next
-    BlockName name;                  // of the piece; the owner's to set while free
+    std::atomic<uint64_t> turn =
+        0;           // when it was wanted: the wanted one with the least is read next
+    BlockName name;  // of the piece; the owner's to set while free
   };
   // Of the owner's waiting for readers.
   struct Patience {
@@ -102,7 +104,8 @@ class VerifiedBlocks {
 
   const LayerSources& layers_;
   bool has_packed_ = false;
-  std::vector<std::unique_ptr<std::byte[]>> memory_;  // of the places; not touched before it is used
+  std::vector<std::unique_ptr<std::byte[]>>
+      memory_;  // of the places; not touched before it is used
   std::deque<Place> places_;
   LayerSource::Scratch scratch_;  // the owner's
   uint64_t turns_ = 0;
@@ -112,7 +115,7 @@ class VerifiedBlocks {
   Patience patience_;
 
   std::atomic<uint64_t> read_ahead_ = 0;  // pieces
-  std::atomic<uint32_t> calls_ = 0;  // readers wait for it to change
+  std::atomic<uint32_t> calls_ = 0;       // readers wait for it to change
   std::atomic<bool> stop_ = false;
   std::vector<std::thread> readers_;
 };

@@ -236,7 +236,8 @@ Result<> Restorer::ListLayers(const std::string& directory) {
     layer.id = name.substr(0, name.rfind('.'));
     layer.path = LayersDirectory(directory) + "/" + name;
     layer.packed = packed;
-    if (packed && std::ranges::binary_search(*names, layer.id + std::string(kPagesSuffix))) continue;
+    const std::string pages = layer.id + std::string(kPagesSuffix);
+    if (packed && std::ranges::binary_search(*names, pages)) continue;
     UNMOOR_ASSIGN(layer.pages, OpenRegularFile(layer.path));
     listed_.push_back(std::move(layer));
   }

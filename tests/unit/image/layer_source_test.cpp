@@ -89,8 +89,8 @@ TEST_F(LayerSourceTest, TheSamePagesComeFromEitherForm) {
         ASSERT_OK(found[0]->ReadPiece(FileOffset(at), piece, scratch));
       }
       ASSERT_OK(expected[0]->ReadPiece(FileOffset(at), block, scratch));
-      ASSERT_TRUE(std::ranges::equal(
-          block, std::span(piece).subspan(at % piece.size(), kBlockSize)))
+      ASSERT_TRUE(
+          std::ranges::equal(block, std::span(piece).subspan(at % piece.size(), kBlockSize)))
           << at;
     }
   }
@@ -116,13 +116,12 @@ TEST_F(LayerSourceTest, LargePiecesComeFromEitherForm) {
   }
 }
 
-// A frame that is stored as it is, changed, with every checksum of the packed file put right again: the
-// hashes of the index alone can tell.
+// A frame that is stored as it is, changed, with every checksum of the packed file put right again:
+// the hashes of the index alone can tell.
 TEST_F(LayerSourceTest, AFrameThatOnlyItsHashesTellIsWrongIsNotBelieved) {
   const std::string directory = Pack(kLz4);
   const std::string path = LayerPackedPath(directory, entry_.id);
-  const auto packed =
-      PackedReader::Open(path, LayerIndexPath(directory, entry_.id), &entry_);
+  const auto packed = PackedReader::Open(path, LayerIndexPath(directory, entry_.id), &entry_);
   ASSERT_OK(packed);
   std::vector<packed_format::FrameHead> heads;
   for (size_t i = 0; i < packed->plan().frames.size(); ++i) heads.push_back(packed->head(i));
@@ -135,7 +134,8 @@ TEST_F(LayerSourceTest, AFrameThatOnlyItsHashesTellIsWrongIsNotBelieved) {
   ASSERT_OK(ReadExactlyAt(file.get(), stored, place + Bytes(packed_format::kHeadSize), path));
   stored[3 * kBlockSize + 5] ^= std::byte{1};
   stored_plain->checksum = index_format::Checksum(stored);
-  ASSERT_OK(WriteExactlyAt(file.get(), packed_format::EncodeHeads({&*stored_plain, 1}), place, path));
+  ASSERT_OK(
+      WriteExactlyAt(file.get(), packed_format::EncodeHeads({&*stored_plain, 1}), place, path));
   ASSERT_OK(WriteExactlyAt(file.get(), stored, place + Bytes(packed_format::kHeadSize), path));
   const auto table = packed_format::EncodeHeads(heads);
   const FileRange last = packed->FileRangeOf(heads.size() - 1);
@@ -150,8 +150,8 @@ TEST_F(LayerSourceTest, AFrameThatOnlyItsHashesTellIsWrongIsNotBelieved) {
   const auto read = layers[0]->ReadPiece(wrong, piece, scratch);
   ASSERT_FALSE(read);
   EXPECT_NE(read.error().message().find(path + " is damaged"), std::string::npos);
-  EXPECT_NE(read.error().message().find(fmt::format("the 64 KiB at {} of the pages",
-                                                    wrong.value + 3 * kBlockSize)),
+  EXPECT_NE(read.error().message().find(
+                fmt::format("the 64 KiB at {} of the pages", wrong.value + 3 * kBlockSize)),
             std::string::npos);
   VerifiedPages pages(layers);
   EXPECT_FALSE(pages.At(0, {wrong, wrong + Bytes(kPageSize)}));
