@@ -37,7 +37,6 @@ constexpr Nanos kSoon(1'000'000);
 constexpr Nanos kLastWords(5'000'000'000);
 constexpr Nanos kSaveInterval(50'000'000);
 constexpr int kRoundsForFaults = 4;  // in a row, while pages are still to be brought
-constexpr size_t kExpectAgain = VerifiedBlocks::kAhead / 2;  // blocks brought between two looks
 constexpr int kEventsInARow = 64;
 
 // What server and keeper have in common. The descriptors belong to the table, which both have.
@@ -131,7 +130,6 @@ class LazyServer {
   Nanos running_since_;
   Nanos last_saved_;
   Nanos last_look_;
-  size_t expected_ = 0;        // blocks to be brought before it is told again which come next
   bool waited_ = false;        // somebody has to wait: look again soon
   int rounds_for_faults_ = 0;  // since pages were last brought by themselves
   bool events_came_ = false;   // in this round
@@ -408,18 +406,14 @@ bool LazyServer::MayBring(const Space& space) const {
 
 // Before each block that is brought; not each time, since it looks at much.
 void LazyServer::ExpectNext() {
-  if (expected_ > 0) {
-    --expected_;
-    return;
-  }
-  expected_ = kExpectAgain;
+  if (!source_.ShouldExpect()) return;
   std::vector<Space*> bringing;
   for (Space& space : state_.spaces()) {
     if (!space.memory.brought() && MayBring(space)) bringing.push_back(&space);
   }
   std::vector<BlockName> blocks;
   for (Space* const space : bringing) {
-    const auto next = space->memory.Upcoming(VerifiedBlocks::kAhead / bringing.size());
+    const auto next = space->memory.Upcoming(source_.ahead() / bringing.size());
     blocks.insert(blocks.end(), next.begin(), next.end());
   }
   source_.Expect(blocks);
@@ -584,7 +578,7 @@ Result<SupervisorHandle> StartLazyServer(const LazyImage& image, const AgentOpti
   UNMOOR_ASSIGN(StreamPair pair, CreateMessagePair());
   UNMOOR_ASSIGN(const LazyJournal journal, LazyJournal::Create());
   std::vector<int> keep = {pair.theirs.get()};
-  for (const LayerReader& layer : image.layers) keep.push_back(layer.pages_fd().get());
+  for (const auto& layer : image.layers) keep.push_back(layer->file().get());
   std::ranges::sort(keep);
   UNMOOR_ASSIGN(auto handle, ForkAgent(pair, keep, options));
   if (handle) return *std::move(handle);

@@ -292,6 +292,15 @@ Result<std::optional<UnpackedCache>> UnpackForRestore(const std::string& directo
   return cache;
 }
 
+Result<std::optional<std::string>> FindUnpacked(const std::string& directory) {
+  if (!HoldsPackedLayers(directory)) return std::optional<std::string>();
+  UNMOOR_ASSIGN(const Manifest manifest, ReadManifest(directory));
+  UNMOOR_ASSIGN(const std::string source, RealPath(directory));
+  UNMOOR_ASSIGN(std::string cache, CachePath(source));
+  if (!IsCacheOf(cache, source, manifest)) return std::optional<std::string>();
+  return std::optional(std::move(cache));
+}
+
 bool IsCacheName(std::string_view name) {
   const size_t at = name.rfind(kCacheInfix);
   return name.starts_with('.') && at != std::string_view::npos && at > 1 &&

@@ -5,7 +5,7 @@
 // at any moment, and no layer is ever written in place. Manifest and indexes are the same in both
 // forms, so it is the same checkpoint.
 //
-// A restore of a packed directory needs its pages: they are unpacked into a hidden directory beside
+// A restore that maps the pages of a packed directory unpacks them into a hidden directory beside
 // it (CacheName), an image directory like any other, which the next restore uses again. It is not
 // flushed to disk, so it bears the id of the running system's boot: after a crash of the machine
 // nothing takes it for whole. `gc` and `rm` remove it (RemoveCaches), and a restore the older ones.
@@ -64,6 +64,9 @@ struct UnpackedCache {
 // REQUIRES a read lock on `directory`. Nothing when no layer of it is packed.
 [[nodiscard]] Result<std::optional<UnpackedCache>> UnpackForRestore(const std::string& directory,
                                                                     const PackProgress& progress);
+
+// Where an earlier restore has unpacked `directory` as it is now, if one has.
+[[nodiscard]] Result<std::optional<std::string>> FindUnpacked(const std::string& directory);
 
 // Whether a directory of that name is such a cache.
 [[nodiscard]] bool IsCacheName(std::string_view name);

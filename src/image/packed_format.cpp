@@ -70,6 +70,21 @@ FramePlan PlanFrames(const LayerIndex& index) {
   return plan;
 }
 
+void SpreadFrame(const FramePlan& plan, const Frame& frame, std::span<const std::byte> content,
+                 std::span<std::byte> into) {
+  uint64_t at = 0;  // in `into`
+  for (size_t i = frame.first_run; i < frame.first_run + frame.run_count; ++i) {
+    const FileRange& run = plan.runs[i];
+    const uint64_t place = run.begin.value % kPieceSize;
+    const size_t size = run.size().value;
+    std::ranges::fill(into.subspan(at, place - at), std::byte{0});
+    std::memcpy(into.subspan(place, size).data(), content.data(), size);
+    content = content.subspan(size);
+    at = place + size;
+  }
+  std::ranges::fill(into.subspan(at), std::byte{0});
+}
+
 std::vector<std::byte> EncodeHeader(const Header& header, const LayerIndex& index, size_t frames) {
   std::vector<std::byte> bytes(kHeaderSize);
   std::memcpy(bytes.data(), kMagic.data(), kMagic.size());

@@ -44,6 +44,11 @@ struct FramePlan {
 
 [[nodiscard]] FramePlan PlanFrames(const LayerIndex& index);
 
+// `into` becomes what .pages has in the piece of `frame`: the runs of its content where they belong,
+// zeros between them.
+void SpreadFrame(const FramePlan& plan, const Frame& frame, std::span<const std::byte> content,
+                 std::span<std::byte> into);
+
 struct Header {
   uint32_t codec = 0;
   int32_t level = 0;

@@ -215,11 +215,9 @@ Result<> WriteRuns(const FramePlan& plan, const Frame& frame, std::span<const st
 }
 
 Damage DamageOf(const PackedReader& packed, size_t frame, const Error& error) {
-  const FrameHead& head = packed.head(frame);
-  const FileOffset begin(head.place);
   Damage damage;
   damage.file = packed.path();
-  damage.bytes = FileRange{begin, begin + Bytes(packed_format::kHeadSize + head.stored)};
+  damage.bytes = packed.FileRangeOf(frame);
   damage.pages = packed.plan().frames[frame].range();
   damage.what = error.message();
   return damage;
@@ -278,6 +276,19 @@ Result<> PackedReader::Load(Fd file, const std::string& name, LayerIndex index) 
   UNMOOR_TRY(ReadExactlyAt(file_.get(), bytes, FileOffset(place), path_));
   UNMOOR_ASSIGN(heads_, packed_format::DecodeTable(bytes, trailer, plan_, path_));
   return {};
+}
+
+FileRange PackedReader::FileRangeOf(size_t frame) const {
+  const FrameHead& head = heads_[frame];
+  const FileOffset begin(head.place);
+  return {begin, begin + Bytes(packed_format::kHeadSize + head.stored)};
+}
+
+std::optional<size_t> PackedReader::FindFrame(FileOffset at) const {
+  const uint64_t piece = at.value / packed_format::kPieceSize;
+  const auto frame = std::ranges::lower_bound(plan_.frames, piece, {}, &Frame::piece);
+  if (frame == plan_.frames.end() || frame->piece != piece) return std::nullopt;
+  return static_cast<size_t>(frame - plan_.frames.begin());
 }
 
 Result<std::span<const std::byte>> PackedReader::ReadStored(size_t frame,

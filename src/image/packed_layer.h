@@ -13,6 +13,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -52,8 +53,13 @@ class PackedReader {
   [[nodiscard]] const packed_format::FramePlan& plan() const { return plan_; }
   [[nodiscard]] const Compression& compression() const { return compression_; }
   [[nodiscard]] const std::string& path() const { return path_; }
+  [[nodiscard]] const Fd& file() const { return file_; }  // read-only
   [[nodiscard]] PackedSize size() const;
   [[nodiscard]] const packed_format::FrameHead& head(size_t frame) const { return heads_[frame]; }
+  // Its head and stored bytes.
+  [[nodiscard]] FileRange FileRangeOf(size_t frame) const;
+  // The number of the frame that holds the 2 MiB of .pages around `at`; nothing: no page is there.
+  [[nodiscard]] std::optional<size_t> FindFrame(FileOffset at) const;
 
   // Reads a frame as it is stored and compares its head and checksum. A view of `buffer`.
   [[nodiscard]] Result<std::span<const std::byte>> ReadStored(size_t frame,

@@ -49,8 +49,32 @@ Result<std::span<const std::byte>> VerifiedPages::Look(const LayerReader& layer,
   return std::span<const std::byte>(buffer_);
 }
 
+Result<std::span<const std::byte>> VerifiedPages::InFrame(uint32_t layer, FileRange range) {
+  const LayerSource& source = *layers_[layer];
+  const uint64_t size = source.piece_size();
+  const FileOffset begin(AlignDown(range.begin.value, size));
+  const FileRange part{range.begin, std::min(range.end, begin + Bytes(size))};
+  auto frame = std::ranges::find_if(frames_, [&](const Frame& one) {
+    return one.layer == layer && one.begin == begin && one.used > 0;
+  });
+  if (frame == frames_.end()) {
+    const bool more = frames_.size() < kFrames;
+    frame =
+        more ? frames_.emplace(frames_.end()) : std::ranges::min_element(frames_, {}, &Frame::used);
+    frame->bytes.resize(size);
+    frame->used = 0;  // what it holds is nothing should this fail
+    UNMOOR_TRY(source.ReadPiece(begin, frame->bytes, scratch_));
+    frame->layer = layer;
+    frame->begin = begin;
+  }
+  frame->used = ++turns_;
+  return std::span<const std::byte>(frame->bytes)
+      .subspan((part.begin - begin).value, part.size().value);
+}
+
 Result<std::span<const std::byte>> VerifiedPages::At(uint32_t layer, FileRange range) {
-  const LayerReader& reader = layers_[layer];
+  if (layers_[layer]->plain() == nullptr) return InFrame(layer, range);
+  const LayerReader& reader = *layers_[layer]->plain();
   Window& window = windows_[layer];
   const FileOffset limit(AlignDown(range.begin.value, kMost) + kMost);
   const FileRange part{range.begin, std::min(range.end, limit)};

@@ -11,12 +11,13 @@ namespace {
 
 constexpr Bytes kPage(kPageSize);
 
-// The addresses of the block that the first page of `run` is in.
-VaddrRange BlockOf(const OverlayRun& run) {
-  const Bytes into(run.offset.value % kBlockSize);
+// The addresses of the piece of the layer that the first page of `run` is in.
+VaddrRange PieceOf(const OverlayRun& run, uint64_t size) {
+  const Bytes into(run.offset.value % size);
   const Vaddr begin(run.range.begin.value - std::min(run.range.begin.value, into.value));
-  return {begin, run.range.begin + (Bytes(kBlockSize) - into)};
+  return {begin, run.range.begin + (Bytes(size) - into)};
 }
+VaddrRange BlockOf(const OverlayRun& run) { return PieceOf(run, kBlockSize); }
 
 // Whether both come from one place, were they one run.
 bool Continue(const OverlayRun& a, const OverlayRun& b) {
@@ -72,7 +73,10 @@ Result<AddressSpace::Step> AddressSpace::Serve(VaddrRange page, VerifiedBlocks& 
   UNMOOR_ASSIGN(const Step step,
                 Place(page, block.subspan(run->offset.value % kBlockSize, kPageSize)));
   if (step != Step::kDone) return step;
-  UNMOOR_ASSIGN(const Step around, PlaceBlock(*run, block));
+  UNMOOR_ASSIGN(Step around, PlaceBlock(*run, block));
+  if (around == Step::kDone && source.PieceSize(run->layer) > kBlockSize) {
+    UNMOOR_ASSIGN(around, PlacePiece(*run, source));
+  }
   return around == Step::kGone ? around : Step::kDone;
 }
 
@@ -80,6 +84,7 @@ Result<AddressSpace::Step> AddressSpace::BringNext(VerifiedBlocks& source) {
   Cursor cursor = cursor_;
   const auto run = Next(cursor);
   if (!run) return Step::kDone;
+  if (source.IsComing(BlockAt(run->layer, run->offset))) return Step::kWait;
   const auto block = source.Block(run->layer, run->offset);
   if (!block) {
     damage_ = block.error().message();
@@ -114,6 +119,20 @@ std::vector<BlockName> AddressSpace::Upcoming(size_t count) const {
     blocks.push_back(BlockAt(run->layer, run->offset));
   }
   return blocks;
+}
+
+Result<AddressSpace::Step> AddressSpace::PlacePiece(const OverlayRun& run, VerifiedBlocks& source) {
+  const VaddrRange piece = PieceOf(run, source.PieceSize(run.layer));
+  Vaddr at = piece.begin;
+  for (auto part = pages_.Next(at); part && part->range.begin < piece.end; part = pages_.Next(at)) {
+    at = part->range.end;
+    if (!Continue(*part, run)) continue;
+    at = BlockOf(*part).end;
+    UNMOOR_ASSIGN(const auto block, source.Block(part->layer, part->offset));
+    UNMOOR_ASSIGN(const Step step, PlaceBlock(*part, block));
+    if (step != Step::kDone) return step;
+  }
+  return Step::kDone;
 }
 
 // What is to come from the block that `run` begins in, wherever of it.

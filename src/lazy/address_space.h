@@ -4,6 +4,8 @@
 // A page goes into place once; whatever is there already stays. Where the kernel says that the
 // space is changing, nothing is concluded: the event has to be read first (Changed, by the owner).
 // A block that is damaged is set aside, so that all others come; touching it is an error.
+// What was read together with a page somebody waited for (a packed layer's frame) comes with it: to
+// read it once more costs more than to have others wait while it is placed.
 // One thread. The descriptor is the owner's.
 #pragma once
 
@@ -68,6 +70,8 @@ class AddressSpace {
   // The next run to bring the block of; `cursor` is behind that then.
   [[nodiscard]] std::optional<OverlayRun> Next(Cursor& cursor) const;
   [[nodiscard]] Result<Step> Serve(VaddrRange page, VerifiedBlocks& source);
+  // What is to come from the piece of the layer that `run` begins in.
+  [[nodiscard]] Result<Step> PlacePiece(const OverlayRun& run, VerifiedBlocks& source);
   [[nodiscard]] Result<Step> PlaceBlock(const OverlayRun& run, std::span<const std::byte> block);
   [[nodiscard]] Result<Step> Place(VaddrRange range, std::span<const std::byte> pages);
   Bytes Take(VaddrRange range);

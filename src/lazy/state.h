@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "base/units.h"
-#include "image/layer_reader.h"
+#include "image/layer_source.h"
 #include "lazy/address_space.h"
 #include "lazy/journal.h"
 
@@ -23,7 +23,7 @@ struct LazyTask {
   std::vector<VaddrRange> first = {};  // where those are that are needed first, in that order
 };
 struct LazyImage {
-  std::vector<LayerReader> layers;  // with their hashes
+  LayerSources layers;  // with their hashes
   std::vector<LazyTask> tasks;
 };
 

@@ -1,21 +1,29 @@
 // VerifiedBlocks: the pages of layers, each block held against its hash before anybody sees it.
 //
 // One thread uses it; others, once started, read ahead what it says it will need, as far as there
-// is a processor for them (SCHED_IDLE): a block they have not read yet is read when it is asked for.
-// What they have read are copies of ours, so what was checked is what goes in, whatever becomes of
-// the file. A block that cannot be read whole, or does not match, is an error that names the file and
+// is a processor for them (SCHED_IDLE): what they have not read yet is read when it is asked for.
+// What was read are copies of ours, so what was checked is what goes in, whatever becomes of
+// the file. What cannot be read whole, or does not match, is an error that names the file and
 // the offset; never zeros. Document: docs/format.md, "Hash".
 //
-// A place for a block read ahead:
+// Layers are read in their pieces (image/layer_source.h): a block of a plain one, a frame of a
+// packed one. A piece has a place of its size, kBlocks and kFrames in all (2 and 16 MiB), which it
+// keeps until room is needed and it is the one that was wanted least recently.
 //
-//   owner    free ──▶ wanted ──▶ free                  there, failed ──▶ free
+//   owner    free ──▶ wanted ──▶ free      free ──▶ there, as it reads itself
+//            there, failed ──▶ free
 //   reader             wanted ──▶ reading ──▶ there, failed
+//
+// A block is read in less time than it takes to look whether somebody else does. A frame is not:
+// nobody decompresses one that a reader is at, unless somebody waits for it or the readers get no
+// processor (IsComing).
 #pragma once
 
-#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
+#include <memory>
 #include <optional>
 #include <span>
 #include <thread>
@@ -23,8 +31,7 @@
 
 #include "base/result.h"
 #include "base/units.h"
-#include "image/layer_reader.h"
-#include "os/fd.h"
+#include "image/layer_source.h"
 
 namespace unmoor {
 
@@ -39,10 +46,11 @@ struct BlockName {
 
 class VerifiedBlocks {
  public:
-  static constexpr size_t kAhead = 32;
+  static constexpr size_t kBlocks = 32;
+  static constexpr size_t kFrames = 8;
 
   // Their hashes are loaded.
-  explicit VerifiedBlocks(const std::vector<LayerReader>& layers);
+  explicit VerifiedBlocks(const LayerSources& layers);
   VerifiedBlocks(const VerifiedBlocks&) = delete;
   VerifiedBlocks& operator=(const VerifiedBlocks&) = delete;
   ~VerifiedBlocks() { StopReaders(); }
@@ -53,34 +61,61 @@ class VerifiedBlocks {
 
   // The 64 KiB block that holds `at`; until the next call.
   [[nodiscard]] Result<std::span<const std::byte>> Block(uint32_t layer, FileOffset at);
-  // What will be asked for next, in that order; at most kAhead of them. What else was read ahead is
-  // forgotten.
+  // What will be asked for next, in that order; so many of them as there are places for. What else
+  // was to be read ahead is not.
   void Expect(std::span<const BlockName> blocks);
+  // Enough of that has been asked for since that it should be told again.
+  [[nodiscard]] bool ShouldExpect() const { return 2 * asked_ >= expected_; }
+  // How many blocks say all that can be expected, if they follow one another.
+  [[nodiscard]] size_t ahead() const;
   [[nodiscard]] bool IsReadAhead(BlockName block);
+  // It is being read, and by others as soon as by us: who is in no hurry looks again a little
+  // later.
+  [[nodiscard]] bool IsComing(BlockName block);
+  // The bytes of the layer around `at` that are read, and so at hand, together.
+  [[nodiscard]] uint64_t PieceSize(uint32_t layer) const { return layers_[layer]->piece_size(); }
 
  private:
   enum class State : uint32_t { kFree, kWanted, kReading, kThere, kFailed };
   struct Place {
+    std::span<std::byte> bytes;
     std::atomic<State> state = State::kFree;
-    std::atomic<uint64_t> turn = 0;  // the wanted one with the least is read next
-    BlockName name;                  // the owner's to set while free
+    std::atomic<uint64_t> turn =
+        0;           // when it was wanted: the wanted one with the least is read next
+    BlockName name;  // of the piece; the owner's to set while free
+  };
+  // Of the owner's waiting for readers.
+  struct Patience {
+    BlockName piece;
+    Nanos since;
+    uint64_t read = 0;       // by readers, when that began
+    bool exhausted = false;  // since then they have read nothing
   };
 
-  [[nodiscard]] Result<> Read(BlockName block, std::span<std::byte> into) const;
-  [[nodiscard]] std::span<std::byte> At(const Place& place);
-  [[nodiscard]] Place* FindPlace(BlockName block);
+  [[nodiscard]] BlockName PieceOf(BlockName block) const;
+  [[nodiscard]] std::vector<BlockName> PiecesOf(std::span<const BlockName> blocks) const;
+  void AddPlaces(size_t count, size_t size);
+  [[nodiscard]] Place* FindPlace(BlockName piece);
+  // A free one for it, taken from another if need be but from none of `keep`.
+  [[nodiscard]] Place* MakePlace(BlockName piece, std::span<const BlockName> keep);
+  [[nodiscard]] Result<Place*> ReadNow(BlockName piece);
   void ReadAhead();
   [[nodiscard]] Place* TakeWanted();
 
-  const std::vector<LayerReader>& layers_;
-  std::vector<std::byte> block_;
-  // What is in it, if anything.
-  std::optional<BlockName> held_;
-
-  Mapping ahead_;
-  std::array<Place, kAhead> places_;
+  const LayerSources& layers_;
+  bool has_packed_ = false;
+  std::vector<std::unique_ptr<std::byte[]>>
+      memory_;  // of the places; not touched before it is used
+  std::deque<Place> places_;
+  LayerSource::Scratch scratch_;  // the owner's
   uint64_t turns_ = 0;
-  std::atomic<uint32_t> calls_ = 0;  // readers wait for it to change
+  size_t expected_ = 0;  // pieces
+  size_t asked_ = 0;
+  std::optional<BlockName> last_;  // piece asked for
+  Patience patience_;
+
+  std::atomic<uint64_t> read_ahead_ = 0;  // pieces
+  std::atomic<uint32_t> calls_ = 0;       // readers wait for it to change
   std::atomic<bool> stop_ = false;
   std::vector<std::thread> readers_;
 };

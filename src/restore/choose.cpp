@@ -42,6 +42,10 @@ ModeChoice ChooseMode(const ModeFacts& facts) {
     return {RestoreMode::kEager,
             "it lies on a network file system, which a running program should not depend on"};
   }
+  if (facts.packed) {
+    return {RestoreMode::kLazy,
+            fmt::format("it is packed, and its {} would have to be unpacked to be mapped", size)};
+  }
   if (facts.storage == Storage::kMemory) {
     return {RestoreMode::kDirect, fmt::format("its {} lie in memory", size)};
   }

@@ -90,7 +90,7 @@ std::vector<Vaddr> FullBlocks(const Piece& piece) {
 
 class Filler {
  public:
-  Filler(const std::vector<LayerReader>& layers, const FillOptions& options)
+  Filler(const LayerSources& layers, const FillOptions& options)
       : layers_(layers), options_(options) {}
 
   [[nodiscard]] Result<> Run(std::span<const FillTarget> targets) {
@@ -170,7 +170,7 @@ class Filler {
     return {};
   }
 
-  const std::vector<LayerReader>& layers_;
+  const LayerSources& layers_;
   const FillOptions& options_;
   std::map<std::string, Group> groups_;  // by /proc/PID/cgroup
   std::list<Task> tasks_;
@@ -180,7 +180,7 @@ class Filler {
 
 }  // namespace
 
-Result<> Fill(std::span<const FillTarget> targets, const std::vector<LayerReader>& layers,
+Result<> Fill(std::span<const FillTarget> targets, const LayerSources& layers,
               const FillOptions& options) {
   return Filler(layers, options).Run(targets);
 }

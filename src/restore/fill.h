@@ -17,7 +17,7 @@
 #include "base/crew.h"
 #include "base/result.h"
 #include "base/units.h"
-#include "image/layer_reader.h"
+#include "image/layer_source.h"
 #include "restore/plan.h"
 
 namespace unmoor {
@@ -35,6 +35,6 @@ struct FillOptions {
 
 // `layers[i]` is the plan's layer i, with its hashes.
 [[nodiscard]] Result<> Fill(std::span<const FillTarget> targets,
-                            const std::vector<LayerReader>& layers, const FillOptions& options);
+                            const LayerSources& layers, const FillOptions& options);
 
 }  // namespace unmoor

@@ -5,6 +5,7 @@
 
 #include "base/log.h"
 #include "image/layout.h"
+#include "image/packed_layer.h"
 #include "os/file.h"
 
 namespace unmoor {
@@ -12,14 +13,42 @@ namespace {
 
 constexpr uint64_t kLargestGap = 64 << 10;
 
-void Read(const WorkingSet& set, const std::string& directory) {
-  std::vector<Fd> layers;
-  for (const std::string& id : set.layers) {
-    auto fd = OpenFile(LayerPagesPath(directory, id), O_RDONLY);
-    layers.push_back(fd ? *std::move(fd) : Fd());
+struct Layer {
+  Fd pages;
+  std::optional<PackedReader> packed;  // in their place
+};
+
+Layer OpenLayer(const std::string& directory, const std::string& id) {
+  Layer layer;
+  if (IsPackedLayer(directory, id)) {
+    auto packed = PackedReader::Open(LayerPackedPath(directory, id), LayerIndexPath(directory, id),
+                                     nullptr);
+    if (packed) layer.packed.emplace(*std::move(packed));
+  } else if (auto pages = OpenFile(LayerPagesPath(directory, id), O_RDONLY)) {
+    layer.pages = *std::move(pages);
   }
+  return layer;
+}
+
+// The frames that `pages` are in.
+void StartReadingFrames(const PackedReader& packed, FileRange pages) {
+  constexpr uint64_t kPiece = packed_format::kPieceSize;
+  for (uint64_t at = pages.begin.value / kPiece * kPiece; at < pages.end.value; at += kPiece) {
+    const auto frame = packed.FindFrame(FileOffset(at));
+    if (frame) StartReading(packed.file().get(), packed.FileRangeOf(*frame));
+  }
+}
+
+void Read(const WorkingSet& set, const std::string& directory) {
+  std::vector<Layer> layers;
+  for (const std::string& id : set.layers) layers.push_back(OpenLayer(directory, id));
   for (const WorkingSetRange& range : MergeForReading(set.ranges)) {
-    StartReading(layers[range.layer].get(), range.range);
+    const Layer& layer = layers[range.layer];
+    if (layer.packed) {
+      StartReadingFrames(*layer.packed, range.range);
+    } else {
+      StartReading(layer.pages.get(), range.range);
+    }
   }
 }
 

@@ -9,6 +9,7 @@
 #include <charconv>
 #include <csignal>
 #include <cstdlib>
+#include <memory>
 #include <set>
 
 #include "agent/known_image.h"
@@ -20,7 +21,7 @@
 #include "criu/rewrite.h"
 #include "criu/runner.h"
 #include "image/directory_lock.h"
-#include "image/layer_reader.h"
+#include "image/layer_source.h"
 #include "image/layout.h"
 #include "image/manifest.h"
 #include "os/file.h"
@@ -131,11 +132,12 @@ class Restorer {
   [[nodiscard]] Result<RestoredProgram> Run();
 
  private:
-  [[nodiscard]] Result<> Lock();
+  [[nodiscard]] Result<> ChooseMode();
+  [[nodiscard]] Result<> Unpack();
   [[nodiscard]] bool MayStartAtOnce() const;
   [[nodiscard]] Bytes MostDeltas() const;
   [[nodiscard]] ModeFacts LookForMode() const;
-  [[nodiscard]] Result<> ListLayers();
+  [[nodiscard]] Result<> ListLayers(const std::string& directory);
   [[nodiscard]] Result<> Open();
   [[nodiscard]] Result<> NumberLayers();
   [[nodiscard]] std::vector<Pid> NeededIds() const;
@@ -168,11 +170,14 @@ class Restorer {
     std::string id;
     std::string path;
     Fd pages;
+    bool packed = false;
   };
+  [[nodiscard]] static std::optional<Bytes> BytesOnDisk(const ListedLayer& layer);
+  [[nodiscard]] Bytes DataOfPacked(const ListedLayer& layer) const;
   std::vector<ListedLayer> listed_;
   bool opened_ = false;  // from here on:
   Manifest manifest_;
-  std::vector<LayerReader> layers_;
+  LayerSources layers_;
   RestorePlan plan_;
   LazyImage lazy_;  // has the layers then
   std::optional<Prefetch> prefetch_;
@@ -180,14 +185,25 @@ class Restorer {
   RestoreReport report_;
 };
 
-Result<> Restorer::Lock() {
-  image_ = options_.directory;
-  UNMOOR_ASSIGN(lock_, DirectoryLock::Take(image_, LockUse::kRead));
+// Only pages of a file that is not packed can be mapped.
+Result<> Restorer::Unpack() {
   UNMOOR_ASSIGN(report_.unpacked, UnpackForRestore(image_, observer_.unpacking));
   if (!report_.unpacked) return {};
   image_ = report_.unpacked->directory;
   UNMOOR_ASSIGN(lock_, DirectoryLock::Take(image_, LockUse::kRead));
   return {};
+}
+
+std::optional<Bytes> Restorer::BytesOnDisk(const ListedLayer& layer) {
+  const auto info = StatFd(layer.pages.get(), layer.path);
+  if (!info) return std::nullopt;
+  return Bytes(static_cast<uint64_t>(info->st_blocks) * 512);
+}
+
+// REQUIRES the manifest.
+Bytes Restorer::DataOfPacked(const ListedLayer& layer) const {
+  const auto entry = std::ranges::find(manifest_.layers, layer.id, &ManifestLayer::id);
+  return entry == manifest_.layers.end() ? Bytes() : entry->data;
 }
 
 // It looks like a checkpoint of processes. Whether it is a good one is seen while criu starts.
@@ -202,25 +218,42 @@ Bytes Restorer::MostDeltas() const {
   Bytes all;
   Bytes largest;
   for (const ListedLayer& layer : listed_) {
-    const auto info = StatFd(layer.pages.get(), layer.path);
-    const Bytes size(info ? static_cast<uint64_t>(info->st_blocks) * 512 : kDeltasInMemory.value);
+    const Bytes size = BytesOnDisk(layer).value_or(kDeltasInMemory);
     all += size;
     largest = std::max(largest, size);
   }
   return all - largest;
 }
 
-Result<> Restorer::ListLayers() {
-  const auto names = ListDirectory(LayersDirectory(image_));
+Result<> Restorer::ListLayers(const std::string& directory) {
+  listed_.clear();
+  const auto names = ListDirectory(LayersDirectory(directory));
   if (!names) return {};  // the manifest tells whether that is wrong
   for (const std::string& name : *names) {
-    if (!name.ends_with(kPagesSuffix)) continue;
+    const bool packed = name.ends_with(kPackedSuffix);
+    if (!packed && !name.ends_with(kPagesSuffix)) continue;
     ListedLayer layer;
-    layer.id = name.substr(0, name.size() - kPagesSuffix.size());
-    layer.path = LayersDirectory(image_) + "/" + name;
+    layer.id = name.substr(0, name.rfind('.'));
+    layer.path = LayersDirectory(directory) + "/" + name;
+    layer.packed = packed;
+    const std::string pages = layer.id + std::string(kPagesSuffix);
+    if (packed && std::ranges::binary_search(*names, pages)) continue;
     UNMOOR_ASSIGN(layer.pages, OpenRegularFile(layer.path));
     listed_.push_back(std::move(layer));
   }
+  return {};
+}
+
+// Where a packed image was unpacked by an earlier restore, by what that looks like.
+Result<> Restorer::ChooseMode() {
+  UNMOOR_ASSIGN(const auto unpacked, FindUnpacked(image_));
+  UNMOOR_TRY(ListLayers(unpacked.value_or(image_)));
+  if (std::ranges::any_of(listed_, &ListedLayer::packed)) {
+    UNMOOR_ASSIGN(manifest_, ReadManifest(image_));
+  }
+  ModeChoice choice = unmoor::ChooseMode(LookForMode());
+  mode_ = choice.mode;
+  report_.why_mode = std::move(choice.why);
   return {};
 }
 
@@ -229,9 +262,8 @@ ModeFacts Restorer::LookForMode() const {
   facts.cached = Bytes();
   for (const ListedLayer& layer : listed_) {
     const int fd = layer.pages.get();
-    if (const auto info = StatFd(fd, layer.path)) {
-      facts.data += Bytes(static_cast<uint64_t>(info->st_blocks) * 512);
-    }
+    facts.packed = facts.packed || layer.packed;
+    facts.data += layer.packed ? DataOfPacked(layer) : BytesOnDisk(layer).value_or(Bytes());
     const auto cached = CachedBytes(fd, layer.path);
     if (!cached) facts.cached.reset();
     if (cached && facts.cached) *facts.cached += *cached;
@@ -249,9 +281,9 @@ ModeFacts Restorer::LookForMode() const {
 
 Result<> Restorer::NumberLayers() {
   std::vector<uint32_t> numbers;
-  for (const LayerReader& layer : layers_) {
-    const auto found = std::ranges::find(listed_, layer.id(), &ListedLayer::id);
-    if (found == listed_.end()) return MachineError("{} has just appeared", layer.pages_path());
+  for (const auto& layer : layers_) {
+    const auto found = std::ranges::find(listed_, layer->info().id, &ListedLayer::id);
+    if (found == listed_.end()) return MachineError("{} has just appeared", layer->path());
     numbers.push_back(static_cast<uint32_t>(found - listed_.begin()));
   }
   for (criu::TaskMapping& task : plan_.tasks) {
@@ -268,9 +300,9 @@ Result<> Restorer::Open() {
   UNMOOR_TRY(CheckHost(manifest_, host));
   std::vector<LayerInfo> infos;
   for (const ManifestLayer& entry : manifest_.layers) {
-    UNMOOR_ASSIGN(LayerReader reader, LayerReader::Open(directory_, entry));
-    infos.push_back(reader.info());
-    layers_.push_back(std::move(reader));
+    UNMOOR_ASSIGN(std::unique_ptr<LayerSource> layer, LayerSource::Open(directory_, entry));
+    infos.push_back(layer->info());
+    layers_.push_back(std::move(layer));
   }
   UNMOOR_ASSIGN(plan_, PlanRestore(manifest_, infos, directory_));
   UNMOOR_TRY(NumberLayers());
@@ -285,9 +317,9 @@ Result<> Restorer::Open() {
 // For a mode that maps nothing: we bring the pages, held against their hashes.
 Result<std::vector<LayerInfo>> Restorer::PrepareToBring() {
   std::vector<LayerInfo> infos;
-  for (LayerReader& layer : layers_) {
-    UNMOOR_TRY(layer.LoadHashes());
-    infos.push_back(layer.info());
+  for (const auto& layer : layers_) {
+    UNMOOR_TRY(layer->LoadHashes());
+    infos.push_back(layer->info());
   }
   report_.mapped = Bytes();
   report_.mappings = 0;
@@ -510,14 +542,12 @@ Result<> Restorer::Finish(criu::RunningCriu& criu) {
 
 Result<RestoredProgram> Restorer::Run() {
   const Nanos begin = MonotonicNow();
-  UNMOOR_TRY(Lock());
-  UNMOOR_TRY(ListLayers());
-  if (mode_ == RestoreMode::kAuto) {
-    ModeChoice choice = ChooseMode(LookForMode());
-    mode_ = choice.mode;
-    report_.why_mode = std::move(choice.why);
-  }
+  image_ = options_.directory;
+  UNMOOR_ASSIGN(lock_, DirectoryLock::Take(image_, LockUse::kRead));
+  if (mode_ == RestoreMode::kAuto) UNMOOR_TRY(ChooseMode());
   report_.mode = mode_;
+  if (mode_ == RestoreMode::kDirect) UNMOOR_TRY(Unpack());
+  UNMOOR_TRY(ListLayers(image_));
   // Eager reads everything, and in an order of its own.
   if (options_.prefetch && !eager() && !listed_.empty()) {
     if (auto prefetch = BeginPrefetch(image_)) {

@@ -1,6 +1,7 @@
 // Restore: an image directory runs again, its memory mapped from the layers.
 //
-// A packed image is first unpacked beside itself (image/pack.h), or was by an earlier restore.
+// To be mapped, a packed image is first unpacked beside itself (image/pack.h), or was by an earlier
+// restore; lazy and eager restores read it as it is (image/layer_source.h).
 // Opens and checks manifest and indexes, plans (plan.h), writes a temporary view of CRIU's metadata
 // with the mapped VMAs turned into file mappings and the pages of deltas merged with CRIU's own,
 // runs `criu restore` so that the tasks stay stopped, hands them to the agent, which puts its
@@ -47,7 +48,7 @@ struct RestoreOptions {
 };
 
 struct RestoreObserver {
-  // Of a packed image, before anything else.
+  // Of a packed image, before anything else; kDirect only.
   std::function<void(Bytes done, Bytes total)> unpacking;
   std::function<void(Bytes done, Bytes total)> filling;  // kEager only
 };
@@ -55,7 +56,7 @@ struct RestoreObserver {
 struct RestoreReport {
   RestoreMode mode = RestoreMode::kDirect;
   std::string why_mode;                   // when it was left to us
-  std::optional<UnpackedCache> unpacked;  // of a packed image: where to, and how long it took
+  std::optional<UnpackedCache> unpacked;  // of a packed image that is mapped: where to, how long
   Pid root;
   std::vector<Pid> tasks;
   std::optional<Pid> agent;

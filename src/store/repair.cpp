@@ -99,22 +99,13 @@ class BlockSource {
  private:
   // The 2 MiB of pages that a frame stands for, into piece_.
   [[nodiscard]] bool Expand(uint64_t piece) {
-    const packed_format::FramePlan& plan = packed_->plan();
-    const auto frame =
-        std::ranges::lower_bound(plan.frames, piece, {}, &packed_format::Frame::piece);
-    if (frame == plan.frames.end() || frame->piece != piece) return false;
-    const auto number = static_cast<size_t>(frame - plan.frames.begin());
-    std::vector<std::byte> content(frame->content);
-    const auto stored = packed_->ReadStored(number, stored_);
-    if (!stored || !packed_->Expand(number, *stored, decompressor_, content)) return false;
-    std::ranges::fill(piece_, std::byte{0});
-    auto bytes = content.begin();
-    for (size_t i = frame->first_run; i < frame->first_run + frame->run_count; ++i) {
-      const FileRange& run = plan.runs[i];
-      const uint64_t place = run.begin.value % packed_format::kPieceSize;
-      std::copy_n(bytes, run.size().value, piece_.begin() + static_cast<ptrdiff_t>(place));
-      bytes += static_cast<ptrdiff_t>(run.size().value);
-    }
+    const auto number = packed_->FindFrame(FileOffset(piece * packed_format::kPieceSize));
+    if (!number) return false;
+    const packed_format::Frame& frame = packed_->plan().frames[*number];
+    std::vector<std::byte> content(frame.content);
+    const auto stored = packed_->ReadStored(*number, stored_);
+    if (!stored || !packed_->Expand(*number, *stored, decompressor_, content)) return false;
+    packed_format::SpreadFrame(packed_->plan(), frame, content, piece_);
     return true;
   }
 

@@ -35,6 +35,66 @@ def two_churns(story):
     two_generations(story, "--threads", 4, "--mib", 256, arguments=LAZY)
 
 
+def listing(image):
+    """All files of an image: what they are called, their size, and when they were written."""
+    return {path: (os.stat(path).st_ino, os.stat(path).st_size, os.stat(path).st_mtime_ns)
+            for folder, _, names in os.walk(image) for path in (os.path.join(folder, name) for name in names)}
+
+
+def demand_still_packed(story, image, before):
+    """Nothing was unpacked, neither there nor beside it."""
+    demand(listing(image) == before, f"{image} is as it was: {listing(image)}, before {before}")
+    demand([name for name in before if name.endswith(".packed")], f"it is packed: {list(before)}")
+    caches = [name for name in os.listdir(story.folder) if "unpacked" in name]
+    demand(not caches, f"no unpacked copy: {caches}")
+
+
+def packed(how):
+    """Two generations, each from packed layers."""
+    def story(story):
+        churn = story.start("churn", "--threads", 2, "--mib", 128)
+        for name in ("image", "second"):
+            churn.await_sweep()
+            image = story.dump(churn, name, "--compress", how)
+            before = listing(image)
+            outcome = story.restore(churn, image, *LAZY)
+            demand("unpack" not in outcome.err, f"nothing is unpacked: {outcome}")
+            churn.await_progress("works while its memory comes")
+            story.wait_ready(churn)
+            demand_still_packed(story, image, before)
+            shutil.rmtree(image)
+            churn.await_sweep()
+        churn.end()
+        story.demand_no_agent()
+    return story
+
+
+def packed_lz4(story):
+    packed("lz4")(story)
+
+
+def packed_zstd(story):
+    packed("zstd")(story)
+
+
+def packed_on_demand(story):
+    """A touch brings the 2 MiB that are decompressed for it, and no more."""
+    churn = story.start("churn", "--threads", 1, "--mib", 256, "--rate", 10, *TOUCHES_LITTLE[2:])
+    image = story.dump(churn, "image", "--compress", "lz4")
+    before = listing(image)
+    story.restore(churn, image, *LAZY, environment=HELD)
+    churn.await_progress("works with what it touched")
+    there = smaps_total(churn.pid, "Rss")
+    demand(there < 128 << 20, f"{there >> 20} MiB are there though nobody touched them")
+    demand(story.status(churn).code == LATER, "LATER: pages are still to come")
+    story.unmoor("remap", "-t", churn.pid)
+    demand(story.status(churn).code == READY, "READY when all has come")
+    demand_still_packed(story, image, before)
+    shutil.rmtree(image)
+    churn.end()
+    story.demand_no_agent()
+
+
 def hazard(name):
     options, counters = HAZARDS[name]
 
@@ -107,14 +167,14 @@ def dumped_while_pages_come(story):
     churn.end()
 
 
-def killed(victims):
+def killed(victims, *form):
     """Kills the processes that victims(server, keeper) names, one after the other's replacement."""
     def story(story):
         churn = story.start("churn", "--threads", 2, "--mib", 256, *TOUCHES_LITTLE, "--dontneed", "--remapper",
                             "--munmap", "--hazard-us", 300)
         counters = ["dontneed", "remapper", "munmap"]
         await_hazards(churn, counters, "at the start")
-        image = story.dump(churn, "image")
+        image = story.dump(churn, "image", *form)
         story.restore(churn, image, *LAZY, environment=HELD)
         for _ in range(4):
             for victim in victims:
@@ -207,10 +267,20 @@ def flip(file, at):
     file.write(bytes([byte ^ 1]))
 
 
-def damaged(how):
+def damage_packed(story, image, how):
+    """Damages more frames than the server keeps."""
+    path, = glob.glob(os.path.join(image, "layers", "*.packed"))
+    size = os.path.getsize(path)
+    with open(path, "r+b") as file:
+        for part in range(12):
+            how(file, size * (part + 4) // 20)
+
+
+def damaged(how, damage=damage, form=(), suffix=r"\.pages"):
     def story(story):
-        churn = story.start("churn", "--threads", 1, "--mib", 128, *TOUCHES_LITTLE)
-        image = story.dump(churn, "image")
+        # Of a packed layer each touch brings 2 MiB.
+        churn = story.start("churn", "--threads", 1, "--mib", 128, "--rate", 10 if form else 50, *TOUCHES_LITTLE[2:])
+        image = story.dump(churn, "image", *form)
         log = story.path("agent.log")
         story.restore(churn, image, *LAZY, "--agent-log", log, environment=HELD)
         churn.await_progress("works")
@@ -221,7 +291,7 @@ def damaged(how):
         os.kill(server, signal.SIGUSR1)  # brings the rest, as `unmoor remap` asks for
         poll(lambda: progress(story, churn.pid)["problem"], "the damage to be found")
         status = story.status(churn)
-        demand(status.code == LATER and re.search(r"\.pages.*(damaged|truncated|short|end)", status.out),
+        demand(status.code == LATER and re.search(suffix + ".*(damaged|truncated|short|end)", status.out),
                f"the damage is told: {status}")
         # It verifies all of its memory, and must not see anything but what it wrote.
         os.kill(churn.pid, signal.SIGTERM)
@@ -229,7 +299,7 @@ def damaged(how):
         churn.await_gone()
         churn.report()
         why = story.status(churn)
-        demand("was ended:" in why.err and ".pages" in why.err, f"the reason is told: {why}")
+        demand("was ended:" in why.err and re.search(suffix, why.err), f"the reason is told: {why}")
         demand("the program is ended" in read(log), "and logged")
         story.demand_no_agent()
     return story
@@ -241,6 +311,15 @@ def damaged_block(story):
 
 def truncated_layer(story):
     damaged(lambda file, at: file.truncate(at))(story)
+
+
+def damaged_frames(story):
+    damaged(flip, damage_packed, ("--compress", "zstd"), r"\.packed")(story)
+
+
+def truncated_packed_layer(story):
+    damaged(lambda file, at: file.truncate(min(at, os.fstat(file.fileno()).st_size)), damage_packed,
+            ("--compress", "lz4"), r"\.packed")(story)
 
 
 def foreground_tells_why_it_ended(story):
@@ -269,9 +348,14 @@ def both_in_turn(story):
     killed([0, 1, 1, 0])(story)
 
 
+def packed_and_killed(story):
+    killed([0, 1], "--compress", "lz4")(story)
+
+
 if __name__ == "__main__":
     stories = [two_churns, tree, nothing_is_mapped_and_little_is_there, dumped_while_pages_come,
                server_killed, keeper_killed, both_in_turn, killed_between_reading_and_recording,
-               working_set_first, damaged_block, truncated_layer, foreground_tells_why_it_ended, what_contradicts_it]
+               working_set_first, damaged_block, truncated_layer, packed_lz4, packed_zstd, packed_on_demand,
+               packed_and_killed, damaged_frames, truncated_packed_layer, foreground_tells_why_it_ended, what_contradicts_it]
     stories += [hazard(name) for name in ("dontneed", "mremap", "munmap", "fork", "all_at_once")]
     main({f.__name__: f for f in stories})

@@ -5,6 +5,7 @@ Where a story is about all three modes they come one after the other, from the s
 between them is then the mode alone.
 """
 import contextlib
+import glob
 import os
 import re
 import resource
@@ -16,6 +17,7 @@ import jvm as java
 from churn import two_generations
 from harness import (LATER, READY, UNMOOR, Skip, demand, footprint, is_alive, main, poll, smaps_total,
                      thp_setting)
+from lazy import demand_still_packed, flip, listing
 from redis import Redis, Writer
 from tree import Tree
 from zoo import start as start_zoo
@@ -91,7 +93,7 @@ def zoo_lazy(story):
     zoo.end()
 
 
-def redis(how):
+def redis(how, *form):
     def story(story):
         server = Redis(story)
         client = server.client()
@@ -100,7 +102,7 @@ def redis(how):
         digest = server.digest()
         server.disconnected()
         before = footprint(server.program.pid)
-        image = story.dump(server.program, "image")
+        image = story.dump(server.program, "image", *form)
         story.restore(server.program, image, *mode(how))
         writer = Writer(server.port, 1)
         demand(server.digest() == digest, "the digest differs after the restore")
@@ -125,6 +127,14 @@ def redis_lazy(story):
 
 def redis_eager(story):
     redis("eager")(story)
+
+
+def redis_packed_lazy(story):
+    redis("lazy", "--compress", "lz4")(story)
+
+
+def redis_packed_eager(story):
+    redis("eager", "--compress", "zstd")(story)
 
 
 def jvm(how):
@@ -222,6 +232,94 @@ def damaged_eager(story):
         outcome = story.unmoor("restore", "-D", image, "-d", *mode(how), expect=None)
         demand(outcome.code in (1, 2) and path in outcome.err, f"{how}: truncated, refused: {outcome}")
         demand_nothing_left(story, churn, "truncated")
+
+
+# Packed images.
+
+def packed_eager(story):
+    """Decompressed into the program's memory: nothing of it is on the disk meanwhile or afterwards."""
+    churn = story.start("churn", "--threads", 2, "--mib", 96)
+    before = footprint(churn.pid)
+    for how in ("lz4", "zstd"):
+        churn.await_sweep()
+        image = story.dump(churn, how, "--compress", how)
+        files = listing(image)
+        story.restore(churn, image, *mode("eager"))
+        demand(story.status(churn).code == READY, "READY at once")
+        demand_still_packed(story, image, files)
+        shutil.rmtree(image)
+        churn.await_sweep()
+        story.demand_untouched(churn, before)
+    churn.end()
+    story.demand_no_agent()
+
+
+def packed_damaged_eager(story):
+    churn = story.start("churn", "--threads", 1, "--mib", 32)
+    image = story.dump(churn, "image", "--compress", "zstd")
+    path, = glob.glob(os.path.join(image, "layers", "*.packed"))
+    at = os.path.getsize(path) // 2
+    with open(path, "r+b") as file:
+        flip(file, at)
+    outcome = story.unmoor("restore", "-D", image, "-d", *mode("eager"), expect=None)
+    told = re.search(r"(\S+\.packed) is damaged.* at offset (\d+) .*task (\d+) \(churn\) has this at 0x", outcome.err)
+    demand(outcome.code in (1, 2) and told and told[1] == path and at - (2 << 20) < int(told[2]) <= at and
+           int(told[3]) == churn.pid, f"refused, with file, offset, task and address: {outcome}")
+    demand_nothing_left(story, churn, "damaged")
+    os.truncate(path, at)
+    for how in MODES:
+        outcome = story.unmoor("restore", "-D", image, "-d", *mode(how), expect=None)
+        demand(outcome.code in (1, 2) and path in outcome.err, f"{how}: truncated, refused: {outcome}")
+        demand_nothing_left(story, churn, "truncated")
+
+
+def packed_chain(story):
+    """Chains of which the base, or what lies over it, is packed, or both, in each mode that maps nothing."""
+    churn = story.start("churn", "--threads", 2, "--mib", 96, "--rate", 2000)
+    base = story.dump(churn, "base")
+    story.restore(churn, base)
+    story.wait_ready(churn)
+    plain = story.dump(churn, "plain", "--prev-images-dir", base)
+    both = story.path("both")
+    story.unmoor("pack", plain, both, "--compress", "zstd")
+    kept = {os.path.basename(path)[:32] for path in glob.glob(os.path.join(base, "layers", "*.pages"))}
+    layers = {os.path.basename(path)[:32] for path in glob.glob(os.path.join(plain, "layers", "*.pages"))}
+    demand(kept < layers, f"a chain of {layers} over {kept}")
+    for name, packed in (("both", layers), ("base packed", kept), ("delta packed", layers - kept)):
+        image = story.path(name.replace(" ", "-"))
+        if name != "both":
+            shutil.copytree(plain, image, copy_function=os.link)
+            for layer in packed:
+                os.remove(os.path.join(image, "layers", layer + ".pages"))
+                shutil.copy(os.path.join(both, "layers", layer + ".packed"), os.path.join(image, "layers"))
+        files = listing(image)
+        for how in ("lazy", "eager"):
+            story.restore(churn, image, *mode(how))
+            story.wait_ready(churn)
+            churn.await_sweep()
+            demand_still_packed(story, image, files)
+            story.say(f"{name}: right, {how}")
+            kill(churn)
+            story.await_no_orphan()
+    story.restore(churn, both)
+    story.wait_ready(churn)
+    churn.await_sweep()
+    churn.end()
+
+
+def packed_auto(story):
+    """Left to unmoor, a packed image is not unpacked, unless somebody has done that already."""
+    churn = story.start("churn", *LITTLE)
+    image = story.dump(churn, "image", "--compress", "lz4")
+    for how, expected in (("auto", "lazy"), ("direct", "direct"), ("auto", "direct")):
+        found = story.unmoor("restore", "-D", image, "-d", *mode(how), "--json").json()
+        demand(found["mode"] == expected, f"{how} is {expected}: {found}")
+        demand(how != "auto" or expected == "direct" or "packed" in found["mode_reason"], f"and why: {found}")
+        churn.popen = None
+        story.wait_ready(churn)
+        churn.await_sweep()
+        kill(churn)
+        story.await_no_orphan()
 
 
 # Limits.
@@ -387,6 +485,8 @@ def on_overlay(story):
 
 if __name__ == "__main__":
     main({f.__name__: f for f in (
-        churn_eager, huge_pages_eager, tree_eager, zoo_lazy, redis_lazy, redis_eager, jvm_lazy, jvm_eager,
-        eager_restore_killed, criu_killed, damaged_eager, memory_limit, address_space_limit, locked_memory,
+        churn_eager, huge_pages_eager, tree_eager, zoo_lazy, redis_lazy, redis_eager, redis_packed_lazy,
+        redis_packed_eager, jvm_lazy, jvm_eager,
+        eager_restore_killed, criu_killed, damaged_eager, packed_eager, packed_damaged_eager,
+        packed_chain, packed_auto, memory_limit, address_space_limit, locked_memory,
         swapped_out, on_tmpfs, on_overlay)})

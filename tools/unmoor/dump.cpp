@@ -230,7 +230,7 @@ Action ConfigureDump(CLI::App& app) {
       ->option_text("N|never");
   auto* const full = app.add_flag("--full", arguments->full, "Write everything")->excludes(parent);
   app.add_option("--compress", arguments->compression,
-                 "Pack the new layer afterwards; 'unmoor restore' unpacks it")
+                 "Pack the new layer afterwards, to keep or send it")
       ->option_text("lz4|zstd[:LEVEL]");
   app.add_flag("--while-mapped", arguments->while_mapped,
                "Dump a program that still maps its image as it is, where that is possible")

@@ -95,7 +95,8 @@ Action ConfigurePack(CLI::App& app) {
   app.footer(
       "\nThe page images become compressed files, in 2 MiB frames, on all cores; each block is held\n"
       "against its hash before. DIR (or OUT) is the plain or the packed image, complete, at any\n"
-      "moment. 'unmoor restore' unpacks beside DIR, 'unmoor unpack' back to what it was.\n");
+      "moment. 'unmoor restore' unpacks beside DIR, but for --mode lazy and eager, which read it as\n"
+      "it is; 'unmoor unpack' makes of it what it was.\n");
   return [arguments](const Invocation&) { return RunPack(*arguments); };
 }
 

@@ -43,6 +43,7 @@ constexpr char kFooter[] =
     "\n  --mode direct      run at once, remap in the background (default)\n"
     "  --mode lazy        run at once, bring pages when they are touched, and in the background\n"
     "  --mode eager       bring all of its memory first, then run; READY at once\n"
+    "                     (lazy and eager: of a packed DIR without unpacking it)\n"
     "  --mode auto        the one that fits this image and machine; says which, and why\n"
     "  --remap off        stay mapped; 'unmoor remap -t PID' does it later\n"
     "\nExamples:\n"

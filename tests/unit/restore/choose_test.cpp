@@ -37,6 +37,16 @@ TEST(ChooseMode, WhatIsNotComesWhenItIsTouched) {
   ExpectChoice(facts, RestoreMode::kDirect, "in memory");
 }
 
+TEST(ChooseMode, WhatIsPackedIsNotUnpackedFirst) {
+  ModeFacts facts = Warm();
+  facts.packed = true;
+  ExpectChoice(facts, RestoreMode::kLazy, "its 1.0 GiB would have to be unpacked");
+  facts.storage = Storage::kMemory;
+  ExpectChoice(facts, RestoreMode::kLazy, "packed");
+  facts.data = kMiB;
+  ExpectChoice(facts, RestoreMode::kEager, "little");
+}
+
 TEST(ChooseMode, LittleIsThereAtOnce) {
   ModeFacts facts = Warm();
   facts.data = kMiB;
