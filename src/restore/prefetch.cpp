@@ -10,8 +10,6 @@
 namespace unmoor {
 namespace {
 
-constexpr uint64_t kLargestGap = 64 << 10;
-
 void Read(const WorkingSet& set, const std::string& directory) {
   std::vector<Fd> layers;
   for (const std::string& id : set.layers) {
@@ -24,20 +22,6 @@ void Read(const WorkingSet& set, const std::string& directory) {
 }
 
 }  // namespace
-
-std::vector<WorkingSetRange> MergeForReading(const std::vector<WorkingSetRange>& ranges) {
-  std::vector<WorkingSetRange> merged;
-  for (const WorkingSetRange& range : ranges) {
-    if (!merged.empty() && merged.back().layer == range.layer &&
-        merged.back().range.end <= range.range.begin &&
-        (range.range.begin - merged.back().range.end).value <= kLargestGap) {
-      merged.back().range.end = range.range.end;
-    } else {
-      merged.push_back(range);
-    }
-  }
-  return merged;
-}
 
 std::optional<Prefetch> BeginPrefetch(const std::string& directory) {
   auto set = ReadWorkingSet(directory);
