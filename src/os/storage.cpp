@@ -16,7 +16,7 @@
 namespace unmoor {
 
 Result<Storage> StorageOf(int fd, const std::string& name) {
-  struct statfs info {};
+  struct statfs info{};
   if (::fstatfs(fd, &info) != 0) return SystemError(errno, fmt::format("cannot look at {}", name));
   switch (static_cast<uint32_t>(info.f_type)) {
     case TMPFS_MAGIC:
@@ -72,7 +72,8 @@ Result<std::optional<std::vector<StoredExtent>>> ExtentsOf(int fd, FileRange ran
     for (uint32_t i = 0; i < map->fm_mapped_extents; ++i) {
       const fiemap_extent& extent = map->fm_extents[i];
       const uint64_t begin = std::max<uint64_t>(extent.fe_logical, at.value);
-      const uint64_t end = std::min<uint64_t>(extent.fe_logical + extent.fe_length, range.end.value);
+      const uint64_t end =
+          std::min<uint64_t>(extent.fe_logical + extent.fe_length, range.end.value);
       const uint64_t place = extent.fe_physical + (begin - extent.fe_logical);
       found.push_back({place, place + (end - begin)});
       at = FileOffset(end);
@@ -80,6 +81,13 @@ Result<std::optional<std::vector<StoredExtent>>> ExtentsOf(int fd, FileRange ran
     }
   }
   return found;
+}
+
+void ReadExtents(int fd) {
+  fiemap request{};
+  request.fm_length = FIEMAP_MAX_OFFSET;
+  request.fm_flags = FIEMAP_FLAG_CACHE;
+  (void)::ioctl(fd, FS_IOC_FIEMAP, &request);
 }
 
 }  // namespace unmoor

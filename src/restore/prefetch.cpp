@@ -6,6 +6,7 @@
 #include "base/log.h"
 #include "image/layout.h"
 #include "os/file.h"
+#include "os/storage.h"
 
 namespace unmoor {
 namespace {
@@ -15,6 +16,7 @@ void Read(const WorkingSet& set, const std::string& directory) {
   for (const std::string& id : set.layers) {
     auto fd = OpenFile(LayerPagesPath(directory, id), O_RDONLY);
     layers.push_back(fd ? *std::move(fd) : Fd());
+    ReadExtents(layers.back().get());
   }
   for (const WorkingSetRange& range : MergeForReading(set.ranges)) {
     StartReading(layers[range.layer].get(), range.range);

@@ -134,8 +134,7 @@ Result<> Reorderer::Copy(const LayerReader& from, FileRange range, const Pending
       UNMOOR_TRY(from.CheckBlock(begin + Bytes(at), bytes.subspan(at, kBlockSize)));
     }
     const FileRange part = range.Intersect({begin, end});
-    UNMOOR_TRY(WriteExactlyAt(to.fd(),
-                              bytes.subspan((part.begin - begin).value, part.size().value),
+    UNMOOR_TRY(WriteExactlyAt(to.fd(), bytes.subspan((part.begin - begin).value, part.size().value),
                               part.begin, to.path()));
     done_ += part.size();
     if (options_.progress) options_.progress(done_, total_);
@@ -227,9 +226,9 @@ PageOrder OrderPages(const std::vector<FileRange>& wanted, const std::vector<Fil
 
 Result<ReorderReport> Reorder(const ReorderOptions& options) {
   UNMOOR_TRY(ReadManifest(options.directory));  // says what it is, if it is none
-  UNMOOR_ASSIGN(const DirectoryLock lock,
-                DirectoryLock::Take(options.directory,
-                                    options.dry_run ? LockUse::kRead : LockUse::kWrite));
+  UNMOOR_ASSIGN(
+      const DirectoryLock lock,
+      DirectoryLock::Take(options.directory, options.dry_run ? LockUse::kRead : LockUse::kWrite));
   UNMOOR_ASSIGN(const Manifest manifest, ReadManifest(options.directory));
   ReorderReport report;
   UNMOOR_ASSIGN(report.directory, RealPath(options.directory));

@@ -103,8 +103,8 @@ TEST_F(ReorderTest, ADamagedLayerStaysAsItIs) {
   {
     const Fd fd = OpenFile(pages(), 2 /*O_RDWR*/).value();
     const auto data = DataRanges(fd.get(), {FileOffset(0), FileOffset(1 << 30)}, pages());
-    ASSERT_OK(WriteExactlyAt(fd.get(), std::vector<std::byte>(8, std::byte{1}),
-                             data->front().begin, pages()));
+    ASSERT_OK(WriteExactlyAt(fd.get(), std::vector<std::byte>(8, std::byte{1}), data->front().begin,
+                             pages()));
   }
   const auto report = Reorder({image(), false, {}});
   ASSERT_FALSE(report);

@@ -198,15 +198,15 @@ def write_working_set(image, ranges):
 def reorder(bench, point):
     image = copy(bench)
     pages, _ = layer_files(image)
-    parts = [(at, 4096) for begin, end_ in data_ranges(pages) for at in range(begin, end_ - 4095, 128 << 10)]
+    parts = [(at, 64 << 10) for begin, end_ in data_ranges(pages) for at in range(begin, end_ - (64 << 10), 256 << 10)]
     write_working_set(image, parts[::-1])
     before = os.stat(pages).st_ino
     bench.killed(point, "reorder", image)
     verify(bench.story, image)
     demand((os.stat(pages).st_ino == before) == (point != "reorder.after_rename"), "the old file or the new one")
-    bench.story.unmoor("reorder", image)
+    told = bench.story.unmoor("reorder", image, "--json").json()
     demand(len(entries(os.path.dirname(pages))) == 2, f"nothing is left of the first: {entries(os.path.dirname(pages))}")
-    demand(os.stat(pages).st_ino != before, "it is done now")
+    demand(os.stat(pages).st_ino != before, f"it is done now: {told}")
     verify(bench.story, image)
     bench.story.unmoor("rm", image)
     bench.clean()
