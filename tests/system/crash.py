@@ -206,7 +206,8 @@ def reorder(bench, point):
     demand((os.stat(pages).st_ino == before) == (point != "reorder.after_rename"), "the old file or the new one")
     told = bench.story.unmoor("reorder", image, "--json").json()
     demand(len(entries(os.path.dirname(pages))) == 2, f"nothing is left of the first: {entries(os.path.dirname(pages))}")
-    demand(os.stat(pages).st_ino != before, f"it is done now: {told}")
+    # Before the rename nothing had been done. Behind it there may be nothing to do.
+    demand(told["written_layers"] == 1 or point == "reorder.after_rename", f"it is done now: {told}")
     verify(bench.story, image)
     bench.story.unmoor("rm", image)
     bench.clean()

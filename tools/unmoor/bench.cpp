@@ -185,8 +185,8 @@ Result<> Warm(const std::string& directory) {
     UNMOOR_ASSIGN(const std::vector<FileRange> data, DataRanges(fd.get(), all, path));
     for (FileRange range : data) {
       while (!range.empty()) {
-        const auto part = std::span(buffer).first(
-            std::min<size_t>(buffer.size(), range.size().value));
+        const auto part =
+            std::span(buffer).first(std::min<size_t>(buffer.size(), range.size().value));
         UNMOOR_TRY(ReadExactlyAt(fd.get(), part, range.begin, path));
         range.begin = range.begin + Bytes(part.size());
       }
@@ -195,12 +195,12 @@ Result<> Warm(const std::string& directory) {
   return {};
 }
 
-double Median(std::vector<Sample> samples, Nanos Sample::*member) {
+double Median(std::vector<Sample> samples, Nanos Sample::* member) {
   std::ranges::sort(samples, {}, [&](const Sample& s) { return (s.*member).value; });
   return static_cast<double>((samples[samples.size() / 2].*member).value) / 1e6;
 }
 
-std::string Spread(const std::vector<Sample>& samples, Nanos Sample::*member) {
+std::string Spread(const std::vector<Sample>& samples, Nanos Sample::* member) {
   const auto [least, most] =
       std::ranges::minmax_element(samples, {}, [&](const Sample& s) { return (s.*member).value; });
   return fmt::format("{:9.1f} ({:.1f}-{:.1f})", Median(samples, member),
@@ -208,7 +208,8 @@ std::string Spread(const std::vector<Sample>& samples, Nanos Sample::*member) {
                      static_cast<double>(((*most).*member).value) / 1e6);
 }
 
-// How many times as long as this one the first of the same cache takes, or stock CRIU if it is there.
+// How many times as long as this one the first of the same cache takes, or stock CRIU if it is
+// there.
 double Ratio(const std::vector<Contestant>& contestants, const Contestant& one) {
   const Contestant* base = nullptr;
   for (const Contestant& other : contestants) {
@@ -219,14 +220,14 @@ double Ratio(const std::vector<Contestant>& contestants, const Contestant& one) 
 
 std::string Text(const std::vector<Contestant>& contestants) {
   const bool stock = contestants.back().stock;
-  std::string text = fmt::format("{:<16} {:<5} {:>26} {:>9} {:>28}\n", "mode", "cache",
-                                 "runs after, ms", stock ? "stock ÷" : "direct ÷",
-                                 "independent after, ms");
+  std::string text =
+      fmt::format("{:<16} {:<5} {:>26} {:>9} {:>28}\n", "mode", "cache", "runs after, ms",
+                  stock ? "stock ÷" : "direct ÷", "independent after, ms");
   for (const Contestant& contestant : contestants) {
-    text += fmt::format("{:<16} {:<5} {:>26} {:>8.2f} {:>28}\n", contestant.name,
-                        contestant.cold ? "cold" : "warm", Spread(contestant.samples, &Sample::runs),
-                        Ratio(contestants, contestant),
-                        Spread(contestant.samples, &Sample::ready));
+    text +=
+        fmt::format("{:<16} {:<5} {:>26} {:>8.2f} {:>28}\n", contestant.name,
+                    contestant.cold ? "cold" : "warm", Spread(contestant.samples, &Sample::runs),
+                    Ratio(contestants, contestant), Spread(contestant.samples, &Sample::ready));
   }
   return text;
 }
@@ -253,8 +254,8 @@ Result<> RunOnce(const Subject& subject, std::vector<Contestant*>& order, bool c
   for (Contestant* contestant : order) {
     if (contestant->cold != cold) continue;
     if (cold) UNMOOR_TRY(DropCaches());
-    UNMOOR_ASSIGN(const Sample sample, contestant->stock ? MeasureStock(subject)
-                                                         : MeasureOurs(subject, *contestant));
+    UNMOOR_ASSIGN(const Sample sample,
+                  contestant->stock ? MeasureStock(subject) : MeasureOurs(subject, *contestant));
     contestant->samples.push_back(sample);
   }
   return {};
@@ -314,15 +315,15 @@ Result<std::vector<Contestant>> Compete(const BenchArguments& arguments, const M
   }
   std::optional<TemporaryPlace> place;
   if (arguments.stock) {
-    UNMOOR_ASSIGN(const criu::CriuBinary criu,
-                  criu::FindCriu(arguments.criu.empty() ? std::nullopt
-                                                        : std::optional(arguments.criu),
-                                 criu::VersionCheck::kNow));
+    UNMOOR_ASSIGN(
+        const criu::CriuBinary criu,
+        criu::FindCriu(arguments.criu.empty() ? std::nullopt : std::optional(arguments.criu),
+                       criu::VersionCheck::kNow));
     subject.criu = criu.path;
     // On the same disk, so that what is read cold is read from the same.
     const size_t slash = subject.directory.rfind('/');
-    UNMOOR_ASSIGN(std::string path, MakeTemporaryDirectory(subject.directory.substr(0, slash),
-                                                           "unmoor-bench-"));
+    UNMOOR_ASSIGN(std::string path,
+                  MakeTemporaryDirectory(subject.directory.substr(0, slash), "unmoor-bench-"));
     place.emplace(std::move(path));
     subject.plain = place->path() + "/plain";
     UNMOOR_TRY(RunSelf({"export", "--json", subject.directory, subject.plain}));
@@ -345,8 +346,9 @@ Result<> CheckArguments(const BenchArguments& arguments) {
   }
   if (arguments.rounds == 0) return UserError("--rounds 0 measures nothing");
   if (arguments.cold && !OpenFile("/proc/sys/vm/drop_caches", O_WRONLY)) {
-    return UserError("--cold drops the page cache of the whole machine, which needs root "
-                     "(/proc/sys/vm/drop_caches cannot be written here)");
+    return UserError(
+        "--cold drops the page cache of the whole machine, which needs root "
+        "(/proc/sys/vm/drop_caches cannot be written here)");
   }
   return {};
 }
@@ -366,7 +368,9 @@ int RunBench(const BenchArguments& arguments) {
 
 Action ConfigureBench(CLI::App& app) {
   const auto arguments = std::make_shared<BenchArguments>();
-  SetUsage(app, "Usage: unmoor bench -D DIR --yes [--rounds N] [--cold] [--stock] [--criu PATH] [--json]");
+  SetUsage(
+      app,
+      "Usage: unmoor bench -D DIR --yes [--rounds N] [--cold] [--stock] [--criu PATH] [--json]");
   app.add_option("-D,--images-dir", arguments->directory, "The image directory to restore")
       ->required()
       ->option_text("DIR");
