@@ -208,8 +208,7 @@ std::string Spread(const std::vector<Sample>& samples, Nanos Sample::* member) {
                      static_cast<double>(((*most).*member).value) / 1e6);
 }
 
-// How many times as long as this one the first of the same cache takes, or stock CRIU if it is
-// there.
+// How many times as long as `one` stock CRIU took with the same cache or, without it, direct.
 double Ratio(const std::vector<Contestant>& contestants, const Contestant& one) {
   const Contestant* base = nullptr;
   for (const Contestant& other : contestants) {
