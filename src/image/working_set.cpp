@@ -26,6 +26,8 @@ constexpr uint64_t kMaxLayers = 1000;  // as in a manifest
 constexpr Bytes kMaxSize(kHeaderSize + kMaxLayers * kIdSize + kMaxWorkingSetRanges * kRangeSize +
                          kChecksumSize);
 
+constexpr uint64_t kLargestGap = 64 << 10;  // between ranges that are read as one
+
 uint8_t HexDigit(char c) {
   return static_cast<uint8_t>(c <= '9' ? c - '0' : c - 'a' + 10);
 }
@@ -76,6 +78,20 @@ Bytes WorkingSet::size() const {
   Bytes total;
   for (const WorkingSetRange& range : ranges) total += range.range.size();
   return total;
+}
+
+std::vector<WorkingSetRange> MergeForReading(const std::vector<WorkingSetRange>& ranges) {
+  std::vector<WorkingSetRange> merged;
+  for (const WorkingSetRange& range : ranges) {
+    if (!merged.empty() && merged.back().layer == range.layer &&
+        merged.back().range.end <= range.range.begin &&
+        (range.range.begin - merged.back().range.end).value <= kLargestGap) {
+      merged.back().range.end = range.range.end;
+    } else {
+      merged.push_back(range);
+    }
+  }
+  return merged;
 }
 
 std::vector<std::byte> EncodeWorkingSet(const WorkingSet& set) {

@@ -1,7 +1,7 @@
 // Working set: DIR/working_set, which pages of the layers a program touched first, in that order.
 //
 // Recorded while a restored program runs (restore/record.h), read ahead by the next restore
-// (restore/prefetch.h). Only a hint: it changes when pages are read, never which. So it is the one
+// (restore/prefetch.h), put next to one another on the disk by reorder (store/reorder.h). Only a hint: it changes when pages are read, never which. So it is the one
 // file of an image directory that may appear, be replaced or go while the rest stays; written
 // beside its name and renamed. Its ranges name layers by id, so it stays right as long as these
 // layers are there, whatever else becomes of the directory. Plain values, no threads.
@@ -33,6 +33,11 @@ struct WorkingSet {
   [[nodiscard]] Bytes size() const;
   bool operator==(const WorkingSet&) const = default;
 };
+
+// What is to be read, in order: ranges that follow one another at a small distance are one, since
+// reading what lies between is cheaper than another request.
+[[nodiscard]] std::vector<WorkingSetRange> MergeForReading(
+    const std::vector<WorkingSetRange>& ranges);
 
 inline constexpr uint64_t kMaxWorkingSetRanges = uint64_t{1} << 20;
 

@@ -309,6 +309,18 @@ Result<> Truncate(int fd, Bytes size, const std::string& name) {
   return {};
 }
 
+Result<bool> Allocate(int fd, FileRange range, const std::string& name) {
+  if (FailsByHook("fallocate", fd, name)) return FileError(errno, "make room in", name);
+  for (;;) {
+    if (::fallocate(fd, 0, static_cast<off_t>(range.begin.value),
+                    static_cast<off_t>(range.size().value)) == 0) {
+      return true;
+    }
+    if (errno == EOPNOTSUPP || errno == ENOSYS) return false;
+    if (errno != EINTR) return FileError(errno, "make room in", name);
+  }
+}
+
 Result<> SyncFd(int fd, const std::string& name) {
   if (FailsByHook("fsync", fd, name) || ::fsync(fd) != 0)
     return FileError(errno, "write to disk (fsync)", name);

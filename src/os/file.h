@@ -69,6 +69,9 @@ namespace unmoor {
 // The whole tree; no error when it does not exist. Never follows a symbolic link.
 [[nodiscard]] Result<> RemoveTree(const std::string& path);
 [[nodiscard]] Result<> Truncate(int fd, Bytes size, const std::string& name);
+// Gives the range its place on the disk now, all of it. False: this file system does that only when
+// data is written back.
+[[nodiscard]] Result<bool> Allocate(int fd, FileRange range, const std::string& name);
 [[nodiscard]] Result<> SyncFd(int fd, const std::string& name);
 [[nodiscard]] Result<> SyncPath(const std::string& path);  // a file or a directory
 // Starts write-back of a range without waiting for it. A hint: failure is ignored.

@@ -7,11 +7,10 @@
 #include "image/layout.h"
 #include "image/packed_layer.h"
 #include "os/file.h"
+#include "os/storage.h"
 
 namespace unmoor {
 namespace {
-
-constexpr uint64_t kLargestGap = 64 << 10;
 
 struct Layer {
   Fd pages;
@@ -26,6 +25,7 @@ Layer OpenLayer(const std::string& directory, const std::string& id) {
     if (packed) layer.packed.emplace(*std::move(packed));
   } else if (auto pages = OpenFile(LayerPagesPath(directory, id), O_RDONLY)) {
     layer.pages = *std::move(pages);
+    ReadExtents(layer.pages.get());
   }
   return layer;
 }
@@ -53,20 +53,6 @@ void Read(const WorkingSet& set, const std::string& directory) {
 }
 
 }  // namespace
-
-std::vector<WorkingSetRange> MergeForReading(const std::vector<WorkingSetRange>& ranges) {
-  std::vector<WorkingSetRange> merged;
-  for (const WorkingSetRange& range : ranges) {
-    if (!merged.empty() && merged.back().layer == range.layer &&
-        merged.back().range.end <= range.range.begin &&
-        (range.range.begin - merged.back().range.end).value <= kLargestGap) {
-      merged.back().range.end = range.range.end;
-    } else {
-      merged.push_back(range);
-    }
-  }
-  return merged;
-}
 
 std::optional<Prefetch> BeginPrefetch(const std::string& directory) {
   auto set = ReadWorkingSet(directory);

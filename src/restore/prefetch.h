@@ -7,18 +7,12 @@
 
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "base/result.h"
 #include "image/working_set.h"
 #include "os/daemon.h"
 
 namespace unmoor {
-
-// What is to be read, in order: ranges that follow one another at a small distance are one, since
-// reading what lies between is cheaper than another request.
-[[nodiscard]] std::vector<WorkingSetRange> MergeForReading(
-    const std::vector<WorkingSetRange>& ranges);
 
 struct Prefetch {
   StartingDaemon reader;

@@ -16,6 +16,7 @@
 #include "image/publisher.h"
 #include "os/file.h"
 #include "os/file_lock.h"
+#include "store/pending_file.h"
 
 namespace unmoor {
 namespace {
@@ -146,14 +147,15 @@ Result<std::vector<Garbage>> FindUnnamedLayers(const std::string& directory,
     if (IsPackedLayer(directory, layer.id)) known.insert(layer.id + std::string(kPackedSuffix));
   }
   for (const std::string& name : names) {
-    const bool repair = name.find(".repair-") != std::string::npos;
+    const bool pending =
+        IsPendingName(name, kRepairInfix) || IsPendingName(name, kReorderInfix);
     const size_t dot = name.find('.');
     if (known.contains(name) || dot == std::string::npos || !IsValidId(name.substr(0, dot))) continue;
     const std::string suffix = name.substr(dot);
-    if (!repair && suffix != kPagesSuffix && suffix != kIndexSuffix && suffix != kPackedSuffix) continue;
+    if (!pending && suffix != kPagesSuffix && suffix != kIndexSuffix && suffix != kPackedSuffix) continue;
     items.push_back({LayersDirectory(directory) + "/" + name,
-                     repair ? "left by a repair that did not finish"
-                            : "a layer file that the manifest does not name"});
+                     pending ? "left by a command that did not finish"
+                             : "a layer file that the manifest does not name"});
   }
   return items;
 }

@@ -13,52 +13,10 @@
 #include "image/layout.h"
 #include "image/packed_layer.h"
 #include "os/file.h"
+#include "store/pending_file.h"
 
 namespace unmoor {
 namespace {
-
-constexpr std::string_view kInfix = ".repair-";
-
-// A file beside its place; removed unless it got there.
-class PendingFile {
- public:
-  explicit PendingFile(std::string place) : place_(std::move(place)) {}
-  PendingFile(const PendingFile&) = delete;
-  PendingFile& operator=(const PendingFile&) = delete;
-  ~PendingFile() {
-    if (!path_.empty()) (void)RemoveFile(path_);
-  }
-  // For a file that somebody else creates.
-  [[nodiscard]] Result<> Name() {
-    UNMOOR_ASSIGN(const std::string id, NewId());
-    path_ = place_ + std::string(kInfix) + id.substr(0, 6);
-    return {};
-  }
-  [[nodiscard]] Result<> Create() {
-    UNMOOR_TRY(Name());
-    auto fd = OpenFile(path_, O_RDWR | O_CREAT | O_EXCL, 0600);
-    if (!fd) {
-      path_.clear();
-      return Failure(std::move(fd).error());
-    }
-    fd_ = std::move(*fd);
-    return {};
-  }
-  [[nodiscard]] Result<> MoveIntoPlace() {
-    UNMOOR_TRY(SyncPath(path_));
-    UNMOOR_TRY(FaultPoint("repair.before_rename"));
-    UNMOOR_TRY(Rename(path_, place_));
-    path_.clear();
-    return {};
-  }
-  [[nodiscard]] int fd() const { return fd_.get(); }
-  [[nodiscard]] const std::string& path() const { return path_; }
-
- private:
-  std::string place_;
-  std::string path_;
-  Fd fd_;
-};
 
 // What of a layer's pages is sound, whichever form it has.
 class BlockSource {
@@ -119,15 +77,11 @@ class BlockSource {
   Decompressor decompressor_;
 };
 
-// What a repair that was killed left in DIR/layers.
-void RemoveLeftovers(const std::string& layers) {
-  const auto names = ListDirectory(layers);
-  if (!names) return;
-  for (const std::string& name : *names) {
-    if (name.find(kInfix) == std::string::npos) continue;
-    spdlog::info("removing {}/{}, left by a repair that did not finish", layers, name);
-    (void)RemoveFile(layers + "/" + name);
-  }
+// Behind it the mended form is in its place.
+Result<> PutInPlace(PendingFile& mended) {
+  UNMOOR_TRY(mended.Sync());
+  UNMOOR_TRY(FaultPoint("repair.before_rename"));
+  return mended.MoveIntoPlace();
 }
 
 Result<> WriteMendedPages(const LayerIndex& index, BlockSource& ours, BlockSource& theirs,
@@ -155,28 +109,28 @@ Result<> MendPages(const std::string& directory, const std::string& from, const 
                    const LayerIndex& index) {
   BlockSource ours(directory, id, index);
   BlockSource theirs(from, id, index);
-  PendingFile pages(LayerPagesPath(directory, id));
+  PendingFile pages(LayerPagesPath(directory, id), kRepairInfix);
   UNMOOR_TRY(pages.Create());
   UNMOOR_TRY(WriteMendedPages(index, ours, theirs, pages));
-  if (!IsPackedLayer(directory, id)) return pages.MoveIntoPlace();
-  PendingFile packed(LayerPackedPath(directory, id));
+  if (!IsPackedLayer(directory, id)) return PutInPlace(pages);
+  PendingFile packed(LayerPackedPath(directory, id), kRepairInfix);
   UNMOOR_TRY(packed.Name());
   const auto size =
       PackLayer(pages.path(), LayerIndexPath(directory, id), packed.path(), ours.compression(), {});
   if (!size) return Failure(size.error());
-  return packed.MoveIntoPlace();
+  return PutInPlace(packed);
 }
 
 Result<> MendIndex(const std::string& ours, const std::string& theirs, const ManifestLayer& entry) {
   if (const auto found = ReadLayerIndex(theirs, &entry); !found) {
     return Failure(found.error().WithContext(fmt::format("{} cannot be repaired", ours)));
   }
-  PendingFile mended(ours);
+  PendingFile mended(ours, kRepairInfix);
   UNMOOR_TRY(mended.Create());
   UNMOOR_ASSIGN(const std::string bytes, ReadFile(theirs, Bytes(uint64_t{8} << 30)));
   UNMOOR_TRY(WriteExactlyAt(mended.fd(), std::as_bytes(std::span(bytes)), FileOffset(0),
                             mended.path()));
-  return mended.MoveIntoPlace();
+  return PutInPlace(mended);
 }
 
 bool HoldsLayer(const std::string& directory, const std::string& id) {
@@ -189,7 +143,7 @@ bool HoldsLayer(const std::string& directory, const std::string& id) {
 Result<LayerVerdict> RepairLayer(const std::string& directory, const std::string& from,
                                  const ManifestLayer& entry, const LayerVerdict& verdict) {
   const std::string layers = LayersDirectory(directory);
-  RemoveLeftovers(layers);
+  RemovePending(layers, kRepairInfix);
   if (!HoldsLayer(from, entry.id)) {
     return UserError("{} does not hold layer {}, so {} cannot be repaired from it", from, entry.id,
                      directory);

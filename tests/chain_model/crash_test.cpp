@@ -16,6 +16,7 @@
 #include "image/pack.h"
 #include "image/packed_layer.h"
 #include "image/verify.h"
+#include "image/working_set.h"
 #include "image_fixture.h"
 #include "os/file_hook.h"
 #include "simulated_tree.h"
@@ -23,6 +24,7 @@
 #include "store/export.h"
 #include "store/flatten.h"
 #include "store/import.h"
+#include "store/reorder.h"
 #include "store/verify.h"
 
 namespace unmoor {
@@ -186,6 +188,7 @@ Result<> Litter(const Chain& chain) {
   UNMOOR_ASSIGN(const std::string id, NewId());
   UNMOOR_TRY(WriteFile(layers + "/" + id + ".pages", "nobody's"));
   UNMOOR_TRY(WriteFile(layers + "/" + id + ".pages.repair-0123ab", "half"));
+  UNMOOR_TRY(WriteFile(layers + "/" + id + ".pages.reorder-0123ab", "half"));
   UNMOOR_TRY(MakeDirectory(chain.image() + ".partial-0123ab"));
   UNMOOR_TRY(CopyTree(layers, LayersDirectory(chain.image() + ".partial-0123ab")));
   return CopyTree(chain.image(), chain.store() + "/.image.unpacked-01234567");
@@ -206,6 +209,35 @@ bool IsStockOfTree(const std::string& directory, const SimulatedTree& tree) {
   const TemporaryDirectory place;
   const std::string image = place.path() + "/image";
   return Import({directory, image, "test", {}}) && Shows(image, tree);
+}
+
+// Recorded is the second half of each segment before the first, so that the order is another than
+// the file's; and each layer has a second name, as in a chain.
+Result<> RecordAndLink(const Chain& chain) {
+  UNMOOR_ASSIGN(const Manifest manifest, ReadManifest(chain.image()));
+  UNMOOR_TRY(MakeDirectory(chain.beside("linked")));
+  WorkingSet set;
+  for (const ManifestLayer& entry : manifest.layers) {
+    UNMOOR_ASSIGN(const LayerReader layer, LayerReader::Open(chain.image(), entry));
+    const auto number = static_cast<uint32_t>(set.layers.size());
+    set.layers.push_back(entry.id);
+    for (const Segment& segment : layer.segments()) {
+      const FileRange all = segment.file_range();
+      const FileOffset middle(AlignUp(all.begin.value + all.size().value / 2, kPageSize));
+      if (middle < all.end) set.ranges.push_back({number, {middle, all.end}});
+      set.ranges.push_back({number, {all.begin, middle}});
+    }
+    UNMOOR_TRY(HardLink(layer.pages_path(), chain.beside("linked/" + entry.id)));
+  }
+  return WriteWorkingSet(chain.image(), manifest.checkpoint_id, set);
+}
+// Every layer is a file of its own now.
+bool IsReordered(const Chain& chain) {
+  const auto manifest = ReadManifest(chain.image());
+  return manifest && std::ranges::all_of(manifest->layers, [&](const ManifestLayer& layer) {
+           const auto info = Stat(LayerPagesPath(chain.image(), layer.id));
+           return info && info->st_nlink == 1;
+         });
 }
 
 const std::vector<std::string> kOnlyImage = {"image"};
@@ -257,6 +289,8 @@ const std::vector<Command> kCommands = {
        return DamageImage(chain, LayerPackedPath);
      },
      kOnlyImage},
+    {"reorder", [](const Chain& chain) { return Forget(Reorder({chain.image(), false, {}})); },
+     ShowsTree, IsReordered, RecordAndLink, kOnlyImage},
     {"import",
      [](const Chain& chain) {
        return Forget(Import({chain.beside("stock"), chain.out(), "test", {}}));
@@ -349,7 +383,7 @@ TEST(Crash, AnErrorOfAnySystemCallIsToldAndNothingIsLost) {
     }
   }
   for (const char* name : {"pwrite", "write", "io_uring write", "fsync", "rename", "exchange",
-                           "link", "unlink", "flock", "mkdtemp", "ftruncate"}) {
+                           "link", "unlink", "flock", "mkdtemp", "ftruncate", "fallocate"}) {
     EXPECT_TRUE(names.contains(name)) << name << " never had its turn";
   }
 }

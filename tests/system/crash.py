@@ -2,10 +2,12 @@
 """Every named fault point of the commands that write: unmoor is killed there as by kill -9, and then the
 old or the new image is there whole, a program that was left running goes on, and the next command
 removes what was left."""
+import ctypes
 import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import time
 
@@ -25,6 +27,7 @@ POINTS = {
     "rm": ("rm.after_rename",),
     "gc": ("gc.before_remove",),
     "repair": ("repair.before_rename",),
+    "reorder": ("reorder.set_written", "reorder.before_rename", "reorder.after_rename"),
     "restore": ("restore.before_criu", "restore.before_agent"),
     "remap": ("remap.before_swap",),
 }
@@ -172,6 +175,41 @@ def repair(bench, point):
     verify(bench.story, damaged)
     for name in ("damaged", "copy"):
         bench.story.unmoor("rm", os.path.join(bench.store, name))
+    bench.clean()
+
+
+def xxh3(data):
+    library = ctypes.CDLL("libxxhash.so.0")
+    library.XXH3_64bits.restype = ctypes.c_uint64
+    library.XXH3_64bits.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+    return library.XXH3_64bits(data, len(data))
+
+
+def write_working_set(image, ranges):
+    """Of the only layer: (offset, length) in the order in which they are to be read; docs/format.md, "Working set"."""
+    pages, _ = layer_files(image)
+    identity = bytes.fromhex(os.path.basename(pages)[:-len(".pages")])
+    data = struct.pack("<8sIIQQQQ", b"unmoorWS", 1, 48, 1, len(ranges), sum(length for _, length in ranges), 0) + identity
+    data += b"".join(struct.pack("<QQQ", 0, offset, length) for offset, length in ranges)
+    with open(os.path.join(image, "working_set"), "wb") as file:
+        file.write(data + struct.pack("<Q", xxh3(data)))
+
+
+def reorder(bench, point):
+    image = copy(bench)
+    pages, _ = layer_files(image)
+    parts = [(at, 64 << 10) for begin, end_ in data_ranges(pages) for at in range(begin, end_ - (64 << 10), 256 << 10)]
+    write_working_set(image, parts[::-1])
+    before = os.stat(pages).st_ino
+    bench.killed(point, "reorder", image)
+    verify(bench.story, image)
+    demand((os.stat(pages).st_ino == before) == (point != "reorder.after_rename"), "the old file or the new one")
+    told = bench.story.unmoor("reorder", image, "--json").json()
+    demand(len(entries(os.path.dirname(pages))) == 2, f"nothing is left of the first: {entries(os.path.dirname(pages))}")
+    # Before the rename nothing had been done. Behind it there may be nothing to do.
+    demand(told["written_layers"] == 1 or point == "reorder.after_rename", f"it is done now: {told}")
+    verify(bench.story, image)
+    bench.story.unmoor("rm", image)
     bench.clean()
 
 

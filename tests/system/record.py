@@ -2,6 +2,7 @@
 """Working sets: what a restored program touches is recorded, kept with the image, and read first by the
 next restore. It is a hint only: damaged, or left by a killed recorder, it costs nothing but time."""
 import ctypes
+import fcntl
 import json
 import mmap
 import os
@@ -10,7 +11,7 @@ import signal
 import struct
 import subprocess
 
-from harness import LATER, SOURCE, USER_MISTAKE, demand, is_alive, main, poll
+from harness import LATER, SOURCE, USER_MISTAKE, Skip, demand, is_alive, main, poll
 
 # Verifies all of its memory at its end, and touches little before.
 TOUCHES_LITTLE = ("--threads", 1, "--mib", 256, "--rate", 50, "--sweep-ms", 100000000)
@@ -204,5 +205,100 @@ def recorder_killed(story):
     churn.end()
 
 
+def layer_files(image):
+    """Device and inode of each pages file, by name."""
+    folder = os.path.join(image, "layers")
+    infos = {name: os.stat(os.path.join(folder, name)) for name in os.listdir(folder) if name.endswith(".pages")}
+    return {name: (info.st_dev, info.st_ino) for name, info in infos.items()}
+
+
+def reordered(story):
+    """A recorded working set is put next to itself on the disk: fewer pieces there, the same memory; whoever shares the
+    layer, or maps it, keeps the old file."""
+    churn = story.start("churn", *TOUCHES_LITTLE)
+    first = story.path("first")
+    story.unmoor("dump", "-t", churn.pid, "-D", first, "-R")
+    image = story.dump(churn, "image", "--prev-images-dir", first)
+    record(story, churn, image)
+    story.wait_ready(churn)
+    churn.end()
+    churn.await_gone()
+    before = layer_files(image)
+    shared = {name: file for name, file in layer_files(first).items() if before.get(name) == file}
+    demand(shared, "the two images share a layer")
+    old = layer_files(first)
+
+    # A program that maps the old file all the while.
+    story.restore(churn, image, "--remap", "off")
+    plan = story.unmoor("reorder", image, "--dry-run", "--json").json()
+    demand(layer_files(image) == before and plan["dry_run"] and plan["written_layers"] > 0, f"a plan only: {plan}")
+    told = story.unmoor("reorder", image, "--json").json()
+    size = sum(length for _, _, length in working_set(image))
+    demand(told["working_set_bytes"] == size <= told["placed_bytes"] + (1 << 20), f"{size}: {told}")
+    demand(told["written_bytes"] == plan["written_bytes"] and told["written_layers"] > 0, f"{plan}, {told}")
+    demand(layer_files(first) == old and layer_files(image) != before, "only this image has the new file")
+    churn.await_progress("works on while the file it maps is replaced")
+    for each in (image, first):
+        story.unmoor("verify", each, "--deep")
+    after = story.path("after")
+    outcome = story.unmoor("dump", "-t", churn.pid, "-D", after, "-R", "--while-mapped", "--prev-images-dir", image, "--json")
+    report = outcome.json()
+    demand(report["remapped_first"] and not report["still_mapped"], f"it maps another file than its parent has: {report}")
+    demand(report["written_bytes"] < 128 << 20, f"but the pages are the same, and are shared: {report}")
+    churn.await_progress("goes on")
+    churn.end()  # and verifies all of its memory
+    churn.await_gone()
+    for each in (first, image, after):
+        story.restore(churn, each, "--json")
+        churn.await_progress("works")
+        story.wait_ready(churn)
+        churn.end()
+        churn.await_gone()
+    if told["extents_before"] is None:
+        raise Skip("this file system does not tell where files lie (FIEMAP); all else was tested")
+    story.say(f"{told['placed_bytes'] >> 10} KiB in {told['extents_before']} pieces, then in {told['extents_after']}")
+    demand(told["extents_after"] < told["extents_before"] / 2, f"fewer pieces: {told}")
+    again = story.unmoor("reorder", image, "--json").json()
+    demand(again["extents_before"] == told["extents_after"] >= again["extents_after"], f"it stays so: {told}, {again}")
+
+
+def not_reordered(story):
+    """What cannot be reordered is refused in one line, and a full disk leaves everything as it was."""
+    churn = story.start("churn", "--threads", 1, "--mib", 32)
+    image = story.dump(churn, "image")
+    outcome = story.unmoor("reorder", image, expect=USER_MISTAKE)
+    demand("--record" in outcome.err, f"it says how to record: {outcome}")
+    story.unmoor("reorder", story.path("nothing"), expect=USER_MISTAKE)
+    record(story, churn, image)
+    story.wait_ready(churn)
+    churn.end()
+    churn.await_gone()
+    held = os.open(image, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_SH)
+    outcome = story.unmoor("reorder", image, expect=USER_MISTAKE)
+    demand(str(os.getpid()) in outcome.err, f"it says who has it: {outcome}")
+    story.unmoor("reorder", image, "--dry-run")
+    os.close(held)
+
+    small = story.mount_tmpfs("small", 48)
+    inside = os.path.join(small, "image")
+    shutil.copytree(image, inside, copy_function=lambda a, b: subprocess.run(["cp", "--sparse=always", a, b], check=True))
+    files = layer_files(inside)
+    outcome = story.unmoor("reorder", inside, expect=1)
+    demand("No space left" in outcome.err, f"it says why: {outcome}")
+    demand(layer_files(inside) == files and len(os.listdir(os.path.join(inside, "layers"))) == 2 * len(files), "nothing is left")
+    story.unmoor("verify", inside, "--deep")
+    story.restore(churn, inside)
+    churn.await_sweep()
+    story.wait_ready(churn)
+    churn.end()
+    churn.await_gone()
+
+    story.unmoor("pack", image)
+    outcome = story.unmoor("reorder", image, expect=USER_MISTAKE)
+    demand("unpack" in outcome.err, f"a packed image has to be unpacked: {outcome}")
+
+
 if __name__ == "__main__":
-    main({f.__name__: f for f in (recorded_and_read_first, kept_with_the_image, nothing_touched, recorder_killed)})
+    main({f.__name__: f for f in (recorded_and_read_first, kept_with_the_image, nothing_touched, recorder_killed,
+                                  reordered, not_reordered)})

@@ -44,6 +44,7 @@ Action ConfigureCheck(CLI::App& app);
 Action ConfigureDump(CLI::App& app);
 Action ConfigureRestore(CLI::App& app);
 Action ConfigureRecord(CLI::App& app);
+Action ConfigureReorder(CLI::App& app);
 Action ConfigureBench(CLI::App& app);
 Action ConfigureRemap(CLI::App& app);
 Action ConfigureStatus(CLI::App& app);

@@ -18,6 +18,7 @@ constexpr CommandEntry kCommands[] = {
      ConfigureRestore},
     {"record", "Note which pages a program touches, for the next restore to read first", false,
      ConfigureRecord},
+    {"reorder", "Put the recorded pages next to one another on the disk", false, ConfigureReorder},
     {"remap", "Make a restored process independent of its image, now", false, ConfigureRemap},
     {"status", "Is a process independent of its image: READY, LATER or NEVER", false,
      ConfigureStatus, 3},

@@ -30,8 +30,8 @@ namespace unmoor {
 
 class TemporaryDirectory {
  public:
-  TemporaryDirectory()
-      : path_(MakeTemporaryDirectory(::testing::TempDir(), "unmoor-test-").value()) {}
+  explicit TemporaryDirectory(const std::string& parent = ::testing::TempDir())
+      : path_(MakeTemporaryDirectory(parent, "unmoor-test-").value()) {}
   ~TemporaryDirectory() { (void)RemoveTree(path_); }
   TemporaryDirectory(const TemporaryDirectory&) = delete;
   TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
