@@ -54,7 +54,8 @@ char* Reserve(size_t size) {
 
 // SAFETY: only over what Reserve() returned.
 char* MapAt(char* at, size_t size, int flags, int fd) {
-  if (mmap(at, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | flags, fd, 0) == MAP_FAILED) {
+  if (mmap(at, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | flags, fd, 0) ==
+      MAP_FAILED) {
     Die("mapping");
   }
   return at;
@@ -113,7 +114,8 @@ int OpenUffd() {
   return -1;
 }
 
-// G: huge pages made in one scratch block, moved into the unflagged staging page table by page table.
+// G: huge pages made in one scratch block, moved into the unflagged staging page table by page
+// table.
 void RemapMoved(const Job& job, int uffd) {
   char* const scratch = MapAt(Reserve(kBlock), kBlock, MAP_ANONYMOUS, -1);
   Advise(scratch, kBlock, MADV_HUGEPAGE);
@@ -195,8 +197,8 @@ void MeasureMemcpy(size_t size) {
 }
 
 void Measure(char variant, int file, size_t size, int uffd) {
-  const Job job{MapAt(Reserve(size), size, 0, file),
-                MapAt(Reserve(size), size, MAP_ANONYMOUS, -1), size};
+  const Job job{MapAt(Reserve(size), size, 0, file), MapAt(Reserve(size), size, MAP_ANONYMOUS, -1),
+                size};
   const double began = Now();
   if (variant == 'A') RemapAdvised(job);
   if (variant == 'B') RemapSmall(job);
@@ -206,9 +208,10 @@ void Measure(char variant, int file, size_t size, int uffd) {
   int vmas = 0;
   size_t huge = 0;
   Shape(job.mapping, size, vmas, huge);
-  std::printf("{\"variant\": \"%c\", \"bytes\": %zu, \"seconds\": %.6f, \"vmas\": %d, "
-              "\"huge_bytes\": %zu, \"verified\": %s}\n",
-              variant, size, seconds, vmas, huge, IsRight(job.mapping, size) ? "true" : "false");
+  std::printf(
+      "{\"variant\": \"%c\", \"bytes\": %zu, \"seconds\": %.6f, \"vmas\": %d, "
+      "\"huge_bytes\": %zu, \"verified\": %s}\n",
+      variant, size, seconds, vmas, huge, IsRight(job.mapping, size) ? "true" : "false");
   munmap(job.mapping, size);
   munmap(job.staging, size);
 }

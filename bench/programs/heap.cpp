@@ -44,7 +44,9 @@ struct Heap {
 };
 
 [[noreturn]] void Usage() {
-  std::fputs("usage: bench_heap --report FILE [--mib N] [--dirty FILE] [--threads N --timeline FILE]\n", stderr);
+  std::fputs(
+      "usage: bench_heap --report FILE [--mib N] [--dirty FILE] [--threads N --timeline FILE]\n",
+      stderr);
   std::exit(2);
 }
 

@@ -1,8 +1,8 @@
 // What bench_heap's threads tell about themselves, in a file that is mapped shared: bench/run reads
 // it at any time, and it survives a restore. bench/run knows this layout too (class Timeline).
 //
-// Each thread writes its own part only. Times are CLOCK_REALTIME: CRIU restores programs into a time
-// namespace where CLOCK_MONOTONIC goes on from the dump.
+// Each thread writes its own part only. Times are CLOCK_REALTIME: CRIU restores programs into a
+// time namespace where CLOCK_MONOTONIC goes on from the dump.
 #pragma once
 
 #include <cstdint>

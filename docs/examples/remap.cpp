@@ -19,7 +19,8 @@ T Must(unmoor::StatusOr<T> result) {
 
 int main(int argc, char** argv) {
   if (argc != 2) return 2;  // the directory in which the two images are made
-  const std::string first = std::string(argv[1]) + "/first", second = std::string(argv[1]) + "/second";
+  const std::string first = std::string(argv[1]) + "/first",
+                    second = std::string(argv[1]) + "/second";
   constexpr size_t kSize = 64 << 20, kWords = kSize / sizeof(uint64_t);
   void* const at = mmap(nullptr, kSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   auto* const heap = static_cast<uint64_t*>(at);

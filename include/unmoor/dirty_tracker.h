@@ -7,9 +7,9 @@
 // By asynchronous write protection (userfaultfd) and PAGEMAP_SCAN: a first write to a page costs a
 // fraction of a microsecond in the kernel, system calls' writes count, nobody is signalled. Where
 // that is not to be had, by mprotect and a SIGSEGV handler chained before the program's own: then a
-// system call that would write to a protected page fails with EFAULT, and only stores are seen: what
-// is given back, mapped anew or made writable by the program's own mprotect is not. So `mechanism()`
-// should be looked at; Checkpoint does, and makes a full image then.
+// system call that would write to a protected page fails with EFAULT, and only stores are seen:
+// what is given back, mapped anew or made writable by the program's own mprotect is not. So
+// `mechanism()` should be looked at; Checkpoint does, and makes a full image then.
 //
 // It keeps counting through a remap. Pages given back (MADV_DONTNEED), unmapped or moved count as
 // changed; what is mapped there anew is tracked from the next Reset() on. A child after fork has no

@@ -83,7 +83,7 @@ Result<WaitingAgent> WaitingAgent::Begin(const AgentOptions& options, const std:
 }
 
 Result<WaitingAgent> WaitingAgent::BeginLazy(const LazyImage& image, const AgentOptions& options,
-                                            const std::string& view) {
+                                             const std::string& view) {
   UNMOOR_ASSIGN(SupervisorHandle server, StartLazyServer(image, options, view));
   return WaitingAgent(std::move(server.socket), std::move(server.process));
 }

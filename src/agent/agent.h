@@ -71,7 +71,7 @@ struct ProcessStatus {
   Bytes direct_mapped_data;         // of which the image holds data
   std::vector<std::string> images;  // the page images still mapped
   Bytes lazy;  // address space whose pages somebody unknown still brings, by a userfaultfd
-  std::optional<Pid> agent;         // the agent at work, if any
+  std::optional<Pid> agent;  // the agent at work, if any
   std::optional<RemapReport> progress;
 };
 

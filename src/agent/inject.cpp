@@ -272,13 +272,15 @@ void NameMemory(Pid pid, std::span<const NamedMemory> memory) {
     UNMOOR_TRY(stop.Stop(kPatience, {}));
     UNMOOR_ASSIGN(Borrowed borrowed, Borrowed::From(pid, stop.threads()));
     UNMOOR_ASSIGN(const uint64_t text,
-                  borrowed.Call("mmap", SYS_mmap, {0, kPageSize, PROT_READ | PROT_WRITE,
-                                                   MAP_PRIVATE | MAP_ANONYMOUS, ~uint64_t{0}, 0}));
+                  borrowed.Call("mmap", SYS_mmap,
+                                {0, kPageSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+                                 ~uint64_t{0}, 0}));
     for (const auto& [range, name] : memory) {
       const auto bytes = std::as_bytes(std::span(name.c_str(), name.size() + 1));
       if (bytes.size() > kPageSize || !WriteMemory(pid, Vaddr(text), bytes)) continue;
-      (void)borrowed.Call("prctl", SYS_prctl, {kPrSetVma, kPrSetVmaAnonName, range.begin.value,
-                                               range.size().value, text, 0});
+      (void)borrowed.Call(
+          "prctl", SYS_prctl,
+          {kPrSetVma, kPrSetVmaAnonName, range.begin.value, range.size().value, text, 0});
     }
     UNMOOR_TRY(borrowed.Call("munmap", SYS_munmap, {text, kPageSize, 0, 0, 0, 0}));
     return {};

@@ -82,9 +82,8 @@ std::vector<FileRange> LayerCheck::Missing(FileRange range,
   std::vector<FileRange> missing;
   if (!layer_) return missing;
   const std::vector<Segment>& segments = layer_->segments();
-  auto segment = std::ranges::partition_point(segments, [&](const Segment& s) {
-    return s.offset + s.range.size() <= range.begin;
-  });
+  auto segment = std::ranges::partition_point(
+      segments, [&](const Segment& s) { return s.offset + s.range.size() <= range.begin; });
   auto shown = data.begin();
   for (; segment != segments.end() && segment->offset < range.end; ++segment) {
     const FileRange part = segment->file_range().Intersect(range);

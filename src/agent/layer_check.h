@@ -4,7 +4,8 @@
 // maps is known by descriptor, whatever has become of its name; the index is looked for by that
 // name. Where there is none (another tool's image, a deleted directory), or it is damaged, nothing
 // can be checked but the file's length, which `unchecked()` explains.
-// One thread. A file that cannot be read is damaged, never a crash. Document: docs/format.md, "Hash".
+// One thread. A file that cannot be read is damaged, never a crash. Document: docs/format.md,
+// "Hash".
 #pragma once
 
 #include <cstddef>
@@ -39,8 +40,8 @@ class LayerCheck {
   // Where the file ends too soon for what is mapped up to `end`: what lies behind is the program's
   // SIGBUS to take, and zeros must not take its place.
   [[nodiscard]] std::optional<Damage> Truncated(FileOffset end) const;
-  // The blocks with pages in `range` that the index has and the file shows as a hole (`data` is what
-  // it shows as data), and that are not pages of zeros but lost ones.
+  // The blocks with pages in `range` that the index has and the file shows as a hole (`data` is
+  // what it shows as data), and that are not pages of zeros but lost ones.
   [[nodiscard]] Result<std::vector<Damage>> Lost(FileRange range,
                                                  const std::vector<FileRange>& data);
   // The blocks that touch `range` and are not what they were when they were hashed. Reads them all,

@@ -318,7 +318,8 @@ void LazyServer::OnConnection() {
 // What criu has sent is all there once the command says that the tasks are; it may not have been
 // looked at.
 Result<> LazyServer::ReceiveAll() {
-  const bool connected = listener_.valid() && WaitReadable(listener_.get(), Nanos(0)).value_or(false);
+  const bool connected =
+      listener_.valid() && WaitReadable(listener_.get(), Nanos(0)).value_or(false);
   if (connected) OnConnection();
   while (criu_.valid()) UNMOOR_TRY(ReceiveTask());
   return {};
@@ -328,8 +329,8 @@ void LazyServer::OnCriu() {
   if (const auto received = ReceiveTask(); !received) EndProgram(received.error().message());
 }
 
-// criu's lazy-pages protocol: a task's virtual pid, then its userfaultfd beside one byte. A zombie's
-// pid is negative and has none.
+// criu's lazy-pages protocol: a task's virtual pid, then its userfaultfd beside one byte. A
+// zombie's pid is negative and has none.
 Result<> LazyServer::ReceiveTask() {
   int32_t vpid = 0;
   UNMOOR_ASSIGN(const ReceivedMessage word,
@@ -338,10 +339,12 @@ Result<> LazyServer::ReceiveTask() {
     criu_.Reset();
     return {};
   }
-  if (word.size != sizeof(vpid)) return MachineError("cannot understand criu's lazy-pages protocol");
+  if (word.size != sizeof(vpid))
+    return MachineError("cannot understand criu's lazy-pages protocol");
   if (vpid < 0) return {};
   std::byte nothing{};
-  UNMOOR_ASSIGN(ReceivedMessage passed, ReceiveMessage(criu_.get(), std::span(&nothing, 1), "criu"));
+  UNMOOR_ASSIGN(ReceivedMessage passed,
+                ReceiveMessage(criu_.get(), std::span(&nothing, 1), "criu"));
   if (!passed.passed.valid()) return MachineError("criu handed over no userfaultfd");
   Record({.kind = LazyRecord::Kind::kTask,
           .uffd = passed.passed.Release(),
@@ -372,16 +375,13 @@ Result<bool> LazyServer::OnEvent(Space& space) {
   UNMOOR_TRY(FaultPoint("lazy.event_read"));
   switch (event->kind) {
     case UffdEvent::Kind::kFork:
-      Record({.kind = LazyRecord::Kind::kForked,
-              .uffd = event->child.Release(),
-              .parent_uffd = uffd});
+      Record(
+          {.kind = LazyRecord::Kind::kForked, .uffd = event->child.Release(), .parent_uffd = uffd});
       state_.spaces().back().not_before = MonotonicNow() + pair_.options.child_delay;
       break;
     case UffdEvent::Kind::kRemap:
-      Record({.kind = LazyRecord::Kind::kMoved,
-              .uffd = uffd,
-              .range = event->range,
-              .to = event->to});
+      Record(
+          {.kind = LazyRecord::Kind::kMoved, .uffd = uffd, .range = event->range, .to = event->to});
       break;
     case UffdEvent::Kind::kRemove:
     case UffdEvent::Kind::kUnmap:
@@ -419,8 +419,8 @@ void LazyServer::ExpectNext() {
   source_.Expect(blocks);
 }
 
-// What nobody has touched must not be what the program is killed for. A page somebody waits for comes
-// in any case: so it would without us.
+// What nobody has touched must not be what the program is killed for. A page somebody waits for
+// comes in any case: so it would without us.
 bool LazyServer::HasRoom(Space& space) {
   const LazyState::Adopted* const task = state_.FindAdopted(space.vpid);
   if (task == nullptr) return true;

@@ -1,9 +1,9 @@
 // The lazy server: brings the memory of programs that `criu restore --lazy-pages` has restored.
 //
-// A pair of detached processes. The *server* does everything: it is criu's lazy-pages daemon, places
-// pages somebody waits for, brings all others in the background, keeps the progress files and
-// answers the command. The *keeper* only waits for its end. Both have one table of descriptors, so
-// that every userfaultfd outlives either of them, those of forked children from the moment they
+// A pair of detached processes. The *server* does everything: it is criu's lazy-pages daemon,
+// places pages somebody waits for, brings all others in the background, keeps the progress files
+// and answers the command. The *keeper* only waits for its end. Both have one table of descriptors,
+// so that every userfaultfd outlives either of them, those of forked children from the moment they
 // exist; and one journal (lazy/journal.h). If one dies the other replaces it:
 //
 //   server dies  the keeper goes on as server, from the journal, and starts a keeper. Where the

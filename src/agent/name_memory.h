@@ -1,5 +1,6 @@
 // Names for anonymous memory of a program that has been restored and does not run yet
-// (PR_SET_VMA_ANON_NAME): only the program itself may name its memory, so a thread of it is borrowed.
+// (PR_SET_VMA_ANON_NAME): only the program itself may name its memory, so a thread of it is
+// borrowed.
 #pragma once
 
 #include <span>

@@ -78,7 +78,8 @@ std::string RuntimeDirectory() {
 Result<ProcessStatus> QueryStatus(Pid pid) {
   const auto process = ReadProcess(pid);
   if (!process) {
-    if (const auto why = WhyEnded(pid)) return UserError("process {} was ended: {}", pid.value, *why);
+    if (const auto why = WhyEnded(pid))
+      return UserError("process {} was ended: {}", pid.value, *why);
     return UserError("no process {}", pid.value);
   }
   ProcessStatus status;
@@ -126,9 +127,9 @@ Result<ProcessStatus> QueryStatus(Pid pid) {
     UNMOOR_ASSIGN(status.lazy, BroughtLazily(pid));
     if (status.lazy.value == 0) return status;
     status.status = Status::kLater;
-    status.reason = fmt::format(
-        "pages of {} of its memory may still have to be brought, through a userfaultfd",
-        HumanBytes(status.lazy));
+    status.reason =
+        fmt::format("pages of {} of its memory may still have to be brought, through a userfaultfd",
+                    HumanBytes(status.lazy));
   }
   return status;
 }

@@ -61,9 +61,8 @@ class WorkerProcess {
     if (task_.again) UNMOOR_TRY(FaultPoint("agent.begin_again"));
     const bool restored = task_.task.stopped && !task_.again;
     const bool puts_back = !task_.task.put_back.empty() && !task_.again;
-    UNMOOR_ASSIGN(bool direct_mapped, restored
-                                          ? worker_->BeginRestored()
-                                          : worker_->Begin(std::move(old_uffd), puts_back));
+    UNMOOR_ASSIGN(bool direct_mapped, restored ? worker_->BeginRestored()
+                                               : worker_->Begin(std::move(old_uffd), puts_back));
     guarded_ = true;
     if (puts_back) UNMOOR_TRY(PutBack());
     Post(MakeMessage(AgentMessage::Kind::kGuarded, task_.task.pid), worker_->uffd());
@@ -106,7 +105,8 @@ class WorkerProcess {
     const auto on_fork = [this](Pid child, Fd uffd) {
       Post(MakeMessage(AgentMessage::Kind::kForked, child), uffd.get());
     };
-    worker_.emplace(task_.task.pid, options_, on_fork, worker_ ? worker_->TakeLegacy() : Worker::Legacy{});
+    worker_.emplace(task_.task.pid, options_, on_fork,
+                    worker_ ? worker_->TakeLegacy() : Worker::Legacy{});
   }
 
   bool ProgramEnded() const {
@@ -404,9 +404,8 @@ class Supervisor {
   }
 
   void ResumeOnceGuarded() {
-    const bool waits = std::ranges::any_of(children_, [](const Child& child) {
-      return child.task.task.stopped && !child.guarded;
-    });
+    const bool waits = std::ranges::any_of(
+        children_, [](const Child& child) { return child.task.task.stopped && !child.guarded; });
     if (may_run_ && restore_ && !waits && !failed_) Resume();
   }
 
@@ -551,9 +550,9 @@ class Supervisor {
   std::deque<AgentMessage> untold_;  // to the command
   std::vector<Pid> ended_;           // workers, not reaped yet
   std::list<Child> children_;
-  std::optional<UnfinishedRestore> restore_;  // until the program runs
-  bool may_run_ = false;                      // what was adopted,
-  bool failed_ = false;                       // unless a task of it cannot
+  std::optional<UnfinishedRestore> restore_;       // until the program runs
+  bool may_run_ = false;                           // what was adopted,
+  bool failed_ = false;                            // unless a task of it cannot
   std::optional<UnfinishedRestore> done_restore_;  // from then on
 };
 
@@ -608,7 +607,7 @@ Result<SupervisorHandle> StartSupervisor(const std::vector<SupervisorTask>& task
   UNMOOR_ASSIGN(auto handle, ForkAgent(pair, std::array{pair.theirs.get()}, options));
   if (handle) return *std::move(handle);
   if (view) TakeShortTurns();  // until the program runs
-  IgnoreSignal();  // meant for a worker that has just died
+  IgnoreSignal();              // meant for a worker that has just died
   Supervisor supervisor(options, std::move(pair.theirs));
   if (view) supervisor.AwaitTasks(*view);
   if (!view) ForgetEndedProcesses();

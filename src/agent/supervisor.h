@@ -60,11 +60,11 @@ struct SupervisorTask {
 // Our end of a supervisor's socket, and its pid once it has begun. It sends on every message of the
 // workers for `tasks`, none of those for their children, and never waits for them to be read; it
 // ends after the last worker.
-// With a `view` it waits for kAdopt to tell which tasks to guard, and lets them run when kResume has
-// come and all are. It ends when the command ends before that or says kStandDown; in the first case
-// it also ends what was restored until then (the criu of kRestoring and all below it, the tasks
-// adopted). `view` holds criu's images and its pidfile ("pid") and may not be there yet; the death
-// of the command, also later, removes it.
+// With a `view` it waits for kAdopt to tell which tasks to guard, and lets them run when kResume
+// has come and all are. It ends when the command ends before that or says kStandDown; in the first
+// case it also ends what was restored until then (the criu of kRestoring and all below it, the
+// tasks adopted). `view` holds criu's images and its pidfile ("pid") and may not be there yet; the
+// death of the command, also later, removes it.
 struct SupervisorHandle {
   Fd socket;
   StartingDaemon process;

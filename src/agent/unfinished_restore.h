@@ -1,7 +1,7 @@
 // A restore that its command has not finished: what has to go should the command die.
 //
-// As long as the program does not run: the criu at work and all below it, the tasks it has made, the
-// temporary view of its images. From then on: the view. One thread. See agent.h.
+// As long as the program does not run: the criu at work and all below it, the tasks it has made,
+// the temporary view of its images. From then on: the view. One thread. See agent.h.
 #pragma once
 
 #include <span>

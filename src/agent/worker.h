@@ -238,9 +238,9 @@ class Worker final : public Carrier {
   int helper_pagemap_ = -1, helper_maps_ = -1, helper_memory_ = -1, helper_tasks_ = -1;
   HelperLink link_;
   Guard guard_;
-  Fd old_uffd_;  // held until ours watches
+  Fd old_uffd_;            // held until ours watches
   HeldEvents old_events_;  // read from it, with nobody inside yet to answer them
-  Fd uffd_;  // events and write tracking
+  Fd uffd_;                // events and write tracking
   int helper_uffd_ = -1;
   Fd staging_;  // UFFDIO_MOVE into mirrors
   int helper_staging_ = -1;
@@ -255,8 +255,8 @@ class Worker final : public Carrier {
   std::vector<PlannedArea> areas_;
   RangeSet dropped_;
   std::vector<VaddrRange> unreplaced_;  // given back, with no mapping to spare for it
-  RangeSet refused_;   // damaged in the image: stays direct-mapped
-  std::string damage_;  // the first of it
+  RangeSet refused_;                    // damaged in the image: stays direct-mapped
+  std::string damage_;                  // the first of it
   size_t refusals_ = 0;
   Bytes verified_;
   RangeSet touched_;  // by events since the baseline of the batch being put back

@@ -98,8 +98,8 @@ Result<bool> Worker::HandleEvents() {
       UNMOOR_TRY(Drop(range));
     }
     // With more than one thread, the event may be one's whose call we have not seen yet.
-    const bool known = waiting && calls.threads == 1 && calls.blocked.size() == 1 && !copied_again &&
-                       unreplaced_.empty() &&
+    const bool known = waiting && calls.threads == 1 && calls.blocked.size() == 1 &&
+                       !copied_again && unreplaced_.empty() &&
                        (GivesMemoryBack(calls.blocked.front()) || Forks(calls.blocked.front()));
     if (!known) {
       const auto handled = HandleEventsStopped(changed);
@@ -480,8 +480,7 @@ Result<> Worker::ConvertSmallest() {
     return false;
   });
   std::vector<Area> areas = FindAreas(vmas, MapsPageImage, dropped_);
-  std::erase_if(areas,
-                [&](const Area& area) { return refused_.SizeWithin(area.range).value > 0; });
+  std::erase_if(areas, [&](const Area& area) { return refused_.SizeWithin(area.range).value > 0; });
   const auto smallest = std::ranges::min_element(
       areas, {}, [](const Area& candidate) { return candidate.range.size(); });
   if (smallest == areas.end()) return {};

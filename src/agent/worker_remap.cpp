@@ -157,9 +157,9 @@ Result<Carrier::PlannedArea> Worker::PlanData(Area area, int file) {
 Result<> Worker::RefuseLost(const PlannedArea& planned) {
   const Area& area = planned.area;
   UNMOOR_ASSIGN(ImageFile * file, FileOf(area));
-  const FileRange shown{FileOffset(static_cast<uint64_t>(
-                            std::max<int64_t>(0, static_cast<int64_t>(area.offset)))),
-                        area.OffsetOf(area.range.end)};
+  const FileRange shown{
+      FileOffset(static_cast<uint64_t>(std::max<int64_t>(0, static_cast<int64_t>(area.offset)))),
+      area.OffsetOf(area.range.end)};
   std::vector<FileRange> data;
   for (const VaddrRange part : planned.image_data.Inside(area.range)) {
     data.push_back({area.OffsetOf(part.begin), area.OffsetOf(part.end)});
@@ -245,8 +245,8 @@ Result<Worker::ImageFile*> Worker::FileOf(const Area& area) {
       return vma.inode == area.inode && vma.dev_major == area.dev_major &&
              vma.dev_minor == area.dev_minor;
     });
-    file.check = LayerCheck(file.fd.get(), mapping == images_.end() ? VmaInfo() : *mapping,
-                            options_.verify);
+    file.check =
+        LayerCheck(file.fd.get(), mapping == images_.end() ? VmaInfo() : *mapping, options_.verify);
     if (const std::string& why = file.check.unchecked(); !why.empty()) {
       spdlog::info("process {}: what is copied is not held against hashes: {}", pid_.value, why);
     }
@@ -595,7 +595,8 @@ void Worker::AddSwap(OpList& ops, const Piece& piece) const {
   }
   // What is put back is watched from its first moment, which a registration moves along with.
   const auto register_mirror = [&](unsigned long request, uint64_t mode) {
-    if (put_back_mirror_ && piece.area == 0) ops.Ioctl(helper_uffd_, request, {mirror.value, length, mode, 0, 0});
+    if (put_back_mirror_ && piece.area == 0)
+      ops.Ioctl(helper_uffd_, request, {mirror.value, length, mode, 0, 0});
   };
   register_mirror(UFFDIO_REGISTER, UFFDIO_REGISTER_MODE_WP);
   // DONTUNMAP keeps our hold on the mirror's addresses, so that cleaning up never unmaps something

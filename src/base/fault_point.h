@@ -15,7 +15,9 @@ namespace unmoor {
 #ifdef UNMOOR_FAULT_POINTS
 [[nodiscard]] Result<> FaultPoint(const char* name);
 #else
-[[nodiscard]] inline Result<> FaultPoint(const char* /*name*/) { return {}; }
+[[nodiscard]] inline Result<> FaultPoint(const char* /*name*/) {
+  return {};
+}
 #endif
 
 }  // namespace unmoor

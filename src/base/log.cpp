@@ -6,8 +6,8 @@
 namespace unmoor {
 
 void InitLogging(int verbosity) {
-  auto logger = std::make_shared<spdlog::logger>(
-      "unmoor", std::make_shared<spdlog::sinks::stderr_sink_mt>());
+  auto logger =
+      std::make_shared<spdlog::logger>("unmoor", std::make_shared<spdlog::sinks::stderr_sink_mt>());
   logger->set_pattern(verbosity >= 2 ? "unmoor: %H:%M:%S.%e [%P] %l: %v" : "unmoor: %v");
   logger->set_level(verbosity < 0    ? spdlog::level::err
                     : verbosity == 0 ? spdlog::level::warn

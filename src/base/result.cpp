@@ -15,8 +15,8 @@ Failure SystemError(int errnum, std::string_view what) {
 namespace internal {
 
 void CheckFailed(const char* file, int line, const char* condition) {
-  std::fprintf(stderr, "unmoor: bug: %s:%d: %s does not hold; please report this line\n", file, line,
-               condition);
+  std::fprintf(stderr, "unmoor: bug: %s:%d: %s does not hold; please report this line\n", file,
+               line, condition);
   std::abort();
 }
 

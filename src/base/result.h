@@ -75,19 +75,19 @@ namespace internal {
 #define UNMOOR_CONCAT(a, b) UNMOOR_CONCAT_INNER(a, b)
 
 // Returns the error of a Result<void> (or of a Result whose value is not wanted).
-#define UNMOOR_TRY(expression)                                                  \
-  do {                                                                          \
-    if (auto unmoor_result = (expression); !unmoor_result) {                    \
-      return ::unmoor::Failure(std::move(unmoor_result).error());               \
-    }                                                                           \
+#define UNMOOR_TRY(expression)                                    \
+  do {                                                            \
+    if (auto unmoor_result = (expression); !unmoor_result) {      \
+      return ::unmoor::Failure(std::move(unmoor_result).error()); \
+    }                                                             \
   } while (false)
 
 // UNMOOR_ASSIGN(auto fd, OpenFile(path)): declares or assigns, or returns the error.
 #define UNMOOR_ASSIGN(target, expression) \
   UNMOOR_ASSIGN_INNER(UNMOOR_CONCAT(unmoor_value_, __LINE__), target, expression)
-#define UNMOOR_ASSIGN_INNER(temporary, target, expression)              \
-  auto temporary = (expression);                                        \
-  if (!temporary) {                                                     \
-    return ::unmoor::Failure(std::move(temporary).error());             \
-  }                                                                     \
+#define UNMOOR_ASSIGN_INNER(temporary, target, expression)  \
+  auto temporary = (expression);                            \
+  if (!temporary) {                                         \
+    return ::unmoor::Failure(std::move(temporary).error()); \
+  }                                                         \
   target = std::move(temporary).value()

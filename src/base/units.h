@@ -25,8 +25,12 @@ struct Quantity {
   constexpr auto operator<=>(const Quantity&) const = default;
   constexpr Quantity& operator+=(Quantity other) { return value += other.value, *this; }
   constexpr Quantity& operator-=(Quantity other) { return value -= other.value, *this; }
-  friend constexpr Quantity operator+(Quantity a, Quantity b) { return Quantity(a.value + b.value); }
-  friend constexpr Quantity operator-(Quantity a, Quantity b) { return Quantity(a.value - b.value); }
+  friend constexpr Quantity operator+(Quantity a, Quantity b) {
+    return Quantity(a.value + b.value);
+  }
+  friend constexpr Quantity operator-(Quantity a, Quantity b) {
+    return Quantity(a.value - b.value);
+  }
 };
 
 using Bytes = Quantity<struct BytesTag>;
@@ -75,9 +79,13 @@ struct Range {
 using VaddrRange = Range<Vaddr>;
 using FileRange = Range<FileOffset>;
 
-[[nodiscard]] constexpr Bytes ToBytes(PageCount n) { return Bytes(n.value * kPageSize); }
+[[nodiscard]] constexpr Bytes ToBytes(PageCount n) {
+  return Bytes(n.value * kPageSize);
+}
 // Rounds down; callers check alignment where it matters.
-[[nodiscard]] constexpr PageCount ToPages(Bytes n) { return PageCount(n.value / kPageSize); }
+[[nodiscard]] constexpr PageCount ToPages(Bytes n) {
+  return PageCount(n.value / kPageSize);
+}
 
 [[nodiscard]] constexpr uint64_t AlignDown(uint64_t v, uint64_t alignment) {
   return v & ~(alignment - 1);

@@ -46,7 +46,8 @@ struct CheckpointOptions {
   std::optional<std::string> criu;
   std::vector<std::string> criu_arguments;
   std::string tool_version;
-  std::optional<Compression> compression;  // pack the new layer once the program has its end or runs on
+  std::optional<Compression>
+      compression;       // pack the new layer once the program has its end or runs on
   bool verbose = false;  // criu logs more and its log stays in the image directory
   CheckpointPlanOptions plan;
 };

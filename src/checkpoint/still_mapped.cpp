@@ -158,8 +158,8 @@ Result<std::vector<PutBackTask>> FindShownByParent(const std::vector<HoldOff>& p
       if (!item.mapped || item.vma.anonymous < kLeastPutBack) continue;
       const auto base = parent.Find(static_cast<uint32_t>(vpid), item.vma);
       if (!base) continue;
-      task.ranges.push_back({item.vma.range, parent.layers()[base->vma.layer].pages_path(),
-                             base->vma.offset});
+      task.ranges.push_back(
+          {item.vma.range, parent.layers()[base->vma.layer].pages_path(), base->vma.offset});
     }
     if (!task.ranges.empty()) tasks.push_back(std::move(task));
   }

@@ -105,9 +105,9 @@ bool Decompressor::Decompress(Codec codec, std::span<const std::byte> stored,
     return true;
   }
   if (codec == Codec::kLz4) {
-    const int made = LZ4_decompress_safe(Source(stored), Target(content),
-                                         static_cast<int>(stored.size()),
-                                         static_cast<int>(content.size()));
+    const int made =
+        LZ4_decompress_safe(Source(stored), Target(content), static_cast<int>(stored.size()),
+                            static_cast<int>(content.size()));
     return made >= 0 && static_cast<size_t>(made) == content.size();
   }
   if (!contexts_->zstd) contexts_->zstd.reset(ZSTD_createDCtx());

@@ -48,8 +48,8 @@ Result<DirectoryLock> DirectoryLock::Take(const std::string& dir, LockUse use) {
       return DirectoryLock();
     }
     if (!fd) return Failure(std::move(fd).error());
-    UNMOOR_ASSIGN(const bool locked, use == LockUse::kRead ? TryLockShared(fd->get(), dir)
-                                                           : TryLock(fd->get(), dir));
+    UNMOOR_ASSIGN(const bool locked,
+                  use == LockUse::kRead ? TryLockShared(fd->get(), dir) : TryLock(fd->get(), dir));
     if (locked && IsStill(dir, *fd)) return DirectoryLock(std::move(*fd));
     if (!locked) holder = LockHolder(fd->get());
   }

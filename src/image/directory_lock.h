@@ -1,9 +1,9 @@
 // DirectoryLock: two commands don't work on one image directory at once.
 //
-// An flock on the directory itself: shared for those that read it, exclusive for those that replace,
-// mend or remove it. The kernel drops it when the holder ends, however it ends, so there is nothing
-// to clean up. A directory may be exchanged for another while its lock is waited for; the lock taken
-// is always that of the one the name stands for then.
+// An flock on the directory itself: shared for those that read it, exclusive for those that
+// replace, mend or remove it. The kernel drops it when the holder ends, however it ends, so there
+// is nothing to clean up. A directory may be exchanged for another while its lock is waited for;
+// the lock taken is always that of the one the name stands for then.
 #pragma once
 
 #include <string>

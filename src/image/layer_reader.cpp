@@ -125,9 +125,8 @@ Result<> LayerReader::LoadHashes() {
   }
   const std::vector<uint64_t> hashes = index_format::DecodeHashes(bytes);
   hashes_.reserve(hashes.size());
-  index_format::ForEachDataBlock(info_.segments, [&](uint64_t block) {
-    hashes_.push_back({block, hashes[hashes_.size()]});
-  });
+  index_format::ForEachDataBlock(
+      info_.segments, [&](uint64_t block) { hashes_.push_back({block, hashes[hashes_.size()]}); });
   hashes_loaded_ = true;
   return {};
 }

@@ -403,8 +403,9 @@ Result<LayerWriter> LayerWriter::Create(const std::string& directory, const std:
   UNMOOR_CHECK(IsValidId(id));
   if (!Exists(directory)) UNMOOR_TRY(MakeDirectory(directory, 0700));
   const std::string stem = directory + "/" + id;
-  auto impl = std::make_unique<Impl>(id, fmt::format("{}{}", stem, kPagesSuffix),
-                                     fmt::format("{}{}", stem, kIndexSuffix), write_back, zero_pages);
+  auto impl =
+      std::make_unique<Impl>(id, fmt::format("{}{}", stem, kPagesSuffix),
+                             fmt::format("{}{}", stem, kIndexSuffix), write_back, zero_pages);
   UNMOOR_TRY(impl->Open());
   return LayerWriter(std::move(impl));
 }

@@ -65,9 +65,9 @@ class LayerWriter {
   [[nodiscard]] Result<LayerInfo> Snapshot();
   [[nodiscard]] int pages_fd() const;
 
-  // Waits for the writing, hashes, writes the index. With `sync` both files are durable on return (fsync);
-  // without, Publisher::Publish makes them so: for dumps that leave the program running, whose
-  // frozen time must not hold a disk flush. Called once, nothing else after it.
+  // Waits for the writing, hashes, writes the index. With `sync` both files are durable on return
+  // (fsync); without, Publisher::Publish makes them so: for dumps that leave the program running,
+  // whose frozen time must not hold a disk flush. Called once, nothing else after it.
   [[nodiscard]] Result<LayerInfo> Finish(bool sync);
 
  private:

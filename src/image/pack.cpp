@@ -112,10 +112,9 @@ class Conversion {
                                  const Compression& compression) {
     Prepare(layers);
     for (const ManifestLayer& layer : layers) {
-      const auto size = PackLayer(LayerPagesPath(source_, layer.id),
-                                  LayerIndexPath(source_, layer.id),
-                                  LayerPackedPath(publisher_->path(), layer.id), compression,
-                                  Work());
+      const auto size =
+          PackLayer(LayerPagesPath(source_, layer.id), LayerIndexPath(source_, layer.id),
+                    LayerPackedPath(publisher_->path(), layer.id), compression, Work());
       if (!size) return Failure(size.error());
       report_.pages += size->content;
       report_.packed += size->stored;
@@ -129,7 +128,8 @@ class Conversion {
       UNMOOR_ASSIGN(const PackedReader packed,
                     PackedReader::Open(LayerPackedPath(source_, layer.id),
                                        LayerIndexPath(source_, layer.id), &layer));
-      UNMOOR_TRY(UnpackLayer(packed, LayerPagesPath(publisher_->path(), layer.id), durable, Work()));
+      UNMOOR_TRY(
+          UnpackLayer(packed, LayerPagesPath(publisher_->path(), layer.id), durable, Work()));
       report_.pages += packed.size().content;
       report_.packed += packed.size().stored;
     }

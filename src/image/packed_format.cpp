@@ -31,9 +31,10 @@ Result<> CheckBinding(std::span<const std::byte> bytes, const LayerIndex& index,
       GetLittleEndian<uint64_t>(bytes, 40) != of_index.header_checksum ||
       GetLittleEndian<uint64_t>(bytes, 48) != of_index.pages_size ||
       GetLittleEndian<uint64_t>(bytes, 56) != of_index.data_bytes) {
-    return UserError("{} does not belong to the index beside it; a file of another checkpoint was "
-                     "put here",
-                     name);
+    return UserError(
+        "{} does not belong to the index beside it; a file of another checkpoint was "
+        "put here",
+        name);
   }
   if (GetLittleEndian<uint64_t>(bytes, 64) != frames) {
     return Damaged(name, 64, "frames are missing or too many");

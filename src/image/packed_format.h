@@ -44,8 +44,8 @@ struct FramePlan {
 
 [[nodiscard]] FramePlan PlanFrames(const LayerIndex& index);
 
-// `into` becomes what .pages has in the piece of `frame`: the runs of its content where they belong,
-// zeros between them.
+// `into` becomes what .pages has in the piece of `frame`: the runs of its content where they
+// belong, zeros between them.
 void SpreadFrame(const FramePlan& plan, const Frame& frame, std::span<const std::byte> content,
                  std::span<std::byte> into);
 
@@ -76,9 +76,8 @@ struct FrameHead {
                                           size_t frames, const std::string& name);
 // What precedes and follows the frames in a file of `file_size` bytes; `trailer` is its last
 // kTrailerSize bytes. The table's offset.
-[[nodiscard]] Result<uint64_t> DecodeTrailer(std::span<const std::byte> trailer,
-                                             uint64_t file_size, size_t frames,
-                                             const std::string& name);
+[[nodiscard]] Result<uint64_t> DecodeTrailer(std::span<const std::byte> trailer, uint64_t file_size,
+                                             size_t frames, const std::string& name);
 // `table` lies between the frames and the trailer.
 [[nodiscard]] Result<std::vector<FrameHead>> DecodeTable(std::span<const std::byte> table,
                                                          std::span<const std::byte> trailer,

@@ -114,9 +114,10 @@ class Packer {
     UNMOOR_ASSIGN(pages_, OpenFile(pages_path_, O_RDONLY | O_NOFOLLOW | O_NONBLOCK));
     UNMOOR_ASSIGN(const struct stat info, StatFd(pages_.get(), pages_path_));
     if (!S_ISREG(info.st_mode) || static_cast<uint64_t>(info.st_size) != index_.header.pages_size) {
-      return UserError("{} is damaged: it is not the file of {} bytes its index tells of; "
-                       "'unmoor verify' tells more",
-                       pages_path_, index_.header.pages_size);
+      return UserError(
+          "{} is damaged: it is not the file of {} bytes its index tells of; "
+          "'unmoor verify' tells more",
+          pages_path_, index_.header.pages_size);
     }
     UNMOOR_ASSIGN(packed_, OpenFile(packed_path_, O_RDWR | O_CREAT | O_EXCL, 0600));
     plan_ = packed_format::PlanFrames(index_);
@@ -134,8 +135,8 @@ class Packer {
     UNMOOR_TRY(FaultPoint("pack.table"));
     const auto table = packed_format::EncodeHeads(heads_);
     UNMOOR_TRY(Write(table, places.end()));
-    UNMOOR_TRY(Write(packed_format::EncodeTrailer(table, places.end()),
-                     places.end() + table.size()));
+    UNMOOR_TRY(
+        Write(packed_format::EncodeTrailer(table, places.end()), places.end() + table.size()));
     return PackedSize{Bytes(index_.header.data_bytes),
                       Bytes(places.end() + table.size() + packed_format::kTrailerSize)};
   }
@@ -160,9 +161,10 @@ class Packer {
         at += size;
       }
       if (const auto damaged = FindDamagedBlock(index_, plan_, frame, content, scratch)) {
-        return UserError("{} is damaged: the 64 KiB at offset {} do not match their hash; nothing "
-                         "was packed",
-                         pages_path_, damaged->value);
+        return UserError(
+            "{} is damaged: the 64 KiB at offset {} do not match their hash; nothing "
+            "was packed",
+            pages_path_, damaged->value);
       }
       UNMOOR_ASSIGN(const auto stored, compressor.Compress(content));
       UNMOOR_TRY(FaultPoint("pack.frame"));
@@ -317,11 +319,11 @@ Result<> PackedReader::Expand(size_t frame, std::span<const std::byte> stored,
     return UserError("{} is damaged: the frame at offset {} cannot be decompressed", path_, at);
   }
   std::vector<std::byte> scratch;
-  if (const auto damaged =
-          FindDamagedBlock(index_, plan_, plan_.frames[frame], content, scratch)) {
-    return UserError("{} is damaged: the frame at offset {} does not hold the 64 KiB at {} of the "
-                     "pages, as their hash tells",
-                     path_, at, damaged->value);
+  if (const auto damaged = FindDamagedBlock(index_, plan_, plan_.frames[frame], content, scratch)) {
+    return UserError(
+        "{} is damaged: the frame at offset {} does not hold the 64 KiB at {} of the "
+        "pages, as their hash tells",
+        path_, at, damaged->value);
   }
   return {};
 }
@@ -339,8 +341,8 @@ Result<> UnpackLayer(const PackedReader& packed, const std::string& pages_path,
   const FramePlan& plan = packed.plan();
   Crew crew(plan.frames.size());
   UNMOOR_TRY(crew.Run(work.threads, Looking(work), [&](Crew& own) -> Result<> {
-    UNMOOR_ASSIGN(WriteRing ring, WriteRing::Create(pages.get(), pages_path,
-                                                    packed_format::kPieceSize, kBuffers));
+    UNMOOR_ASSIGN(WriteRing ring,
+                  WriteRing::Create(pages.get(), pages_path, packed_format::kPieceSize, kBuffers));
     Decompressor decompressor;
     std::vector<std::byte> stored_buffer;
     while (const auto number = own.Next()) {
@@ -396,8 +398,8 @@ LayerVerdict VerifyPackedLayer(const std::string& dir, const std::string& id,
       if (!stored) {
         sound = Failure(stored.error());
       } else if (deep) {
-        sound = packed->Expand(*number, *stored, decompressor,
-                               std::span(content).first(frame.content));
+        sound =
+            packed->Expand(*number, *stored, decompressor, std::span(content).first(frame.content));
       }
       own.Done(frame.content);
       const std::lock_guard lock(mutex);

@@ -28,7 +28,7 @@
 namespace unmoor {
 
 struct PackWork {
-  unsigned threads = 0;  // 0: as many as there are processors
+  unsigned threads = 0;                      // 0: as many as there are processors
   std::function<void(Bytes done)> progress;  // bytes of pages; may be empty
 };
 

@@ -48,8 +48,8 @@ class Publisher {
 
   std::string parent_;
   std::string target_;
-  std::string partial_;  // empty: moved from
-  Fd lock_;              // of the partial directory
+  std::string partial_;        // empty: moved from
+  Fd lock_;                    // of the partial directory
   DirectoryLock target_lock_;  // of the older checkpoint, until it is removed
 };
 

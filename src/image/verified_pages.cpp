@@ -30,9 +30,9 @@ Result<std::span<const std::byte>> VerifiedPages::Look(const LayerReader& layer,
   if (window.shows != wanted) {
     window.verified.reset();
     window.shows = wanted;
-    const bool mapped = !window.room.empty() &&
-                        MapFilePrivately(layer.pages_fd().get(), wanted, window.room, PROT_READ,
-                                         MapAt::kReplace);
+    const bool mapped =
+        !window.room.empty() &&
+        MapFilePrivately(layer.pages_fd().get(), wanted, window.room, PROT_READ, MapAt::kReplace);
     if (!mapped) window.shows = FileOffset(~uint64_t{0});
   }
   if (window.shows == wanted) {

@@ -7,7 +7,8 @@
 // each layer: a piece of memory is made of a few). A block that cannot be read whole, or does not
 // match, is an error that names the file and the offset; never zeros. A page that the kernel drops
 // and then cannot read again, within the moment in which it is used, ends the process (SIGBUS).
-// One thread. Document: docs/format.md, "Hash". Single blocks, asked for anywhere: verified_blocks.h.
+// One thread. Document: docs/format.md, "Hash". Single blocks, asked for anywhere:
+// verified_blocks.h.
 #pragma once
 
 #include <bitset>
@@ -35,8 +36,8 @@ class VerifiedPages {
   VerifiedPages& operator=(const VerifiedPages&) = delete;
   ~VerifiedPages();
 
-  // What of `range` lies in the same kMost-aligned piece as its first page, or of a packed layer in the
-  // same frame; until the next call.
+  // What of `range` lies in the same kMost-aligned piece as its first page, or of a packed layer in
+  // the same frame; until the next call.
   [[nodiscard]] Result<std::span<const std::byte>> At(uint32_t layer, FileRange range);
 
  private:

@@ -78,9 +78,9 @@ void CheckBlocks(const LayerIndex& index, const WorkItem& item, size_t first,
                  std::span<const std::byte> bytes, std::vector<Finding>& findings) {
   for (size_t i = 0; i < bytes.size() / kBlockSize; ++i) {
     const auto block = bytes.subspan(i * kBlockSize, kBlockSize);
-    const bool sound = item.hash ? index_format::Checksum(block) ==
-                                       index.hashes[*item.hash + first + i]
-                                 : IsZero(block);
+    const bool sound = item.hash
+                           ? index_format::Checksum(block) == index.hashes[*item.hash + first + i]
+                           : IsZero(block);
     if (!sound) findings.push_back({item.block + first + i, item.hash.has_value(), {}});
   }
 }
@@ -102,8 +102,7 @@ void CheckItem(const Fd& pages, const std::string& path, const LayerIndex& index
       if (read) {
         CheckBlocks(index, item, first + i, one, findings);
       } else {
-        findings.push_back(
-            {item.block + first + i, item.hash.has_value(), read.error().message()});
+        findings.push_back({item.block + first + i, item.hash.has_value(), read.error().message()});
       }
     }
   }
@@ -136,7 +135,8 @@ std::vector<Finding> CheckItems(const Fd& pages, const std::string& path, const 
   for (std::thread& thread : pool) thread.join();
   if (options.progress) options.progress(Bytes(done.load()));
   std::vector<Finding> all;
-  for (std::vector<Finding>& findings : found) all.insert(all.end(), findings.begin(), findings.end());
+  for (std::vector<Finding>& findings : found)
+    all.insert(all.end(), findings.begin(), findings.end());
   std::ranges::sort(all, {}, &Finding::block);
   return all;
 }
@@ -152,8 +152,8 @@ void AddFindings(const std::vector<Finding>& findings, const std::string& path,
     }
     const FileRange range{FileOffset(findings[i].block * kBlockSize),
                           FileOffset((findings[end - 1].block + 1) * kBlockSize)};
-    std::string what = fmt::format("{}: {} at offset {} ", path, HumanBytes(range.size()),
-                                   range.begin.value);
+    std::string what =
+        fmt::format("{}: {} at offset {} ", path, HumanBytes(range.size()), range.begin.value);
     if (!findings[i].why.empty()) {
       what += "cannot be read: " + findings[i].why;
     } else if (!findings[i].hashed) {
@@ -204,11 +204,11 @@ std::optional<Fd> OpenPages(const std::string& path, const LayerIndex& index, ui
          {FileOffset(AlignDown(size, kBlockSize)), end});
   } else if (size > end.value) {
     verdict.pages_unsound = true;
-    verdict.damages.push_back(
-        {path, FileRange{end, FileOffset(size)},
-         fmt::format("{} has bytes too many: it ends at offset {}, not at {}", path, size,
-                     end.value),
-         {}});
+    verdict.damages.push_back({path,
+                               FileRange{end, FileOffset(size)},
+                               fmt::format("{} has bytes too many: it ends at offset {}, not at {}",
+                                           path, size, end.value),
+                               {}});
   }
   return std::move(*fd);
 }
@@ -240,9 +240,10 @@ Result<LayerIndex> ReadLayerIndex(const std::string& path, const ManifestLayer* 
       (header.id != expected->id || header.header_checksum != expected->index_checksum ||
        header.pages_size != expected->pages_size.value ||
        header.data_bytes != expected->data.value)) {
-    return UserError("{} is not the index that the manifest means; a file of another checkpoint "
-                     "was put here",
-                     path);
+    return UserError(
+        "{} is not the index that the manifest means; a file of another checkpoint "
+        "was put here",
+        path);
   }
   bytes.resize(header.table_bytes());
   UNMOOR_TRY(ReadExactlyAt(fd.get(), bytes, FileOffset(index_format::kHeaderSize), path));

@@ -53,23 +53,22 @@ struct LayerIndex {
 using VerifyProgress = std::function<void(Bytes done)>;
 
 struct LayerVerdict {
-  std::optional<LayerIndex> index;        // when it is whole
-  std::vector<Damage> damages;            // without places
-  std::vector<uint64_t> damaged_blocks;   // those with a hash that they don't match, ascending
-  bool pages_unsound = false;             // wrong size, missing, or data where none should be
-  Bytes checked;                          // data read and hashed
+  std::optional<LayerIndex> index;       // when it is whole
+  std::vector<Damage> damages;           // without places
+  std::vector<uint64_t> damaged_blocks;  // those with a hash that they don't match, ascending
+  bool pages_unsound = false;            // wrong size, missing, or data where none should be
+  Bytes checked;                         // data read and hashed
 };
 
 struct VerifyOptions {
-  bool pages = true;      // false: all but the pages
-  unsigned threads = 0;   // 0: as many as there are processors, at most 8
+  bool pages = true;     // false: all but the pages
+  unsigned threads = 0;  // 0: as many as there are processors, at most 8
   VerifyProgress progress;
 };
 
 // Layer `id` of `dir`. `expected` may be null (a damaged manifest): the index is then believed.
 [[nodiscard]] LayerVerdict VerifyLayer(const std::string& dir, const std::string& id,
-                                       const ManifestLayer* expected,
-                                       const VerifyOptions& options);
+                                       const ManifestLayer* expected, const VerifyOptions& options);
 
 // What `bytes` of layer number `layer` are to the program; VMAs of `manifest`, or extents alone.
 [[nodiscard]] std::vector<DamagePlace> PlacesOf(FileRange bytes, const LayerIndex& index,

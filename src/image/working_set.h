@@ -1,11 +1,11 @@
 // Working set: DIR/working_set, which pages of the layers a program touched first, in that order.
 //
 // Recorded while a restored program runs (restore/record.h), read ahead by the next restore
-// (restore/prefetch.h), put next to one another on the disk by reorder (store/reorder.h). Only a hint: it changes when pages are read, never which. So it is the one
-// file of an image directory that may appear, be replaced or go while the rest stays; written
-// beside its name and renamed. Its ranges name layers by id, so it stays right as long as these
-// layers are there, whatever else becomes of the directory. Plain values, no threads.
-// Document: docs/format.md, "Working set".
+// (restore/prefetch.h), put next to one another on the disk by reorder (store/reorder.h). Only a
+// hint: it changes when pages are read, never which. So it is the one file of an image directory
+// that may appear, be replaced or go while the rest stays; written beside its name and renamed. Its
+// ranges name layers by id, so it stays right as long as these layers are there, whatever else
+// becomes of the directory. Plain values, no threads. Document: docs/format.md, "Working set".
 #pragma once
 
 #include <cstddef>

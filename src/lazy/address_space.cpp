@@ -17,7 +17,9 @@ VaddrRange PieceOf(const OverlayRun& run, uint64_t size) {
   const Vaddr begin(run.range.begin.value - std::min(run.range.begin.value, into.value));
   return {begin, run.range.begin + (Bytes(size) - into)};
 }
-VaddrRange BlockOf(const OverlayRun& run) { return PieceOf(run, kBlockSize); }
+VaddrRange BlockOf(const OverlayRun& run) {
+  return PieceOf(run, kBlockSize);
+}
 
 // Whether both come from one place, were they one run.
 bool Continue(const OverlayRun& a, const OverlayRun& b) {
@@ -158,17 +160,16 @@ void AddressSpace::SetAside(const OverlayRun& run) {
 }
 
 // Zeros where there are no `pages`.
-Result<AddressSpace::Step> AddressSpace::Place(VaddrRange range,
-                                               std::span<const std::byte> pages) {
+Result<AddressSpace::Step> AddressSpace::Place(VaddrRange range, std::span<const std::byte> pages) {
   using Stop = UffdPlaced::Stop;
   Bytes most = range.size();  // at once; a single page once that went beyond a VMA
   for (Vaddr at = range.begin; at < range.end;) {
     const VaddrRange part{at, std::min(range.end, at + most)};
-    UNMOOR_ASSIGN(const UffdPlaced placed,
-                  pages.empty() ? UffdZero(uffd_, part)
-                                : UffdCopy(uffd_, at,
-                                           pages.subspan((at - range.begin).value,
-                                                         part.size().value)));
+    UNMOOR_ASSIGN(
+        const UffdPlaced placed,
+        pages.empty()
+            ? UffdZero(uffd_, part)
+            : UffdCopy(uffd_, at, pages.subspan((at - range.begin).value, part.size().value)));
     come_ += Take({at, at + placed.bytes});
     at = at + placed.bytes;
     out_of_memory_ = placed.stop == Stop::kOutOfMemory;

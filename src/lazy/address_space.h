@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "base/result.h"
-#include "lazy/verified_blocks.h"
 #include "lazy/pages_to_come.h"
+#include "lazy/verified_blocks.h"
 
 namespace unmoor {
 

@@ -57,7 +57,8 @@ void PagesToCome::Take(VaddrRange range) {
 
 void PagesToCome::Move(VaddrRange from, Vaddr to) {
   std::vector<OverlayRun> moved;
-  for (auto run = Next(from.begin); run && run->range.begin < from.end; run = Next(run->range.end)) {
+  for (auto run = Next(from.begin); run && run->range.begin < from.end;
+       run = Next(run->range.end)) {
     const VaddrRange part = run->range.Intersect(from);
     const Vaddr begin = to + (part.begin - from.begin);
     moved.push_back({{begin, begin + part.size()}, run->layer, run->offset});

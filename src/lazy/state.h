@@ -19,7 +19,7 @@ namespace unmoor {
 // The pages of one task of an image.
 struct LazyTask {
   uint32_t vpid = 0;
-  std::vector<OverlayRun> pages;  // ascending, disjoint; `layer` is one of the image's
+  std::vector<OverlayRun> pages;       // ascending, disjoint; `layer` is one of the image's
   std::vector<VaddrRange> first = {};  // where those are that are needed first, in that order
 };
 struct LazyImage {

@@ -139,8 +139,8 @@ class BackgroundRemapper::Impl {
         ranges_(std::move(ranges)),
         watcher_(std::move(watcher)),
         guard_before_(local::ReadGuardCounts()) {
-    share_ = std::make_shared<local::RemapShare>(watcher_, ranges_, std::move(sources),
-                                                  options.verify);
+    share_ =
+        std::make_shared<local::RemapShare>(watcher_, ranges_, std::move(sources), options.verify);
   }
   ~Impl();
   Impl(const Impl&) = delete;

@@ -78,8 +78,9 @@ DirtyTracker::Mechanism DirtyTracker::mechanism() const {
   return impl_->tracker->by_protection() ? Mechanism::kMprotect : Mechanism::kWriteProtect;
 }
 
-// What was unmapped or moved counts as changed, so every page not reported is as it was. By mprotect
-// only stores are seen: not what was given back, mapped anew or protected by the program itself.
+// What was unmapped or moved counts as changed, so every page not reported is as it was. By
+// mprotect only stores are seen: not what was given back, mapped anew or protected by the program
+// itself.
 std::vector<VaddrRange> TrackedRanges(const DirtyTracker& tracker) {
   const DirtyTracker::Impl& impl = tracker.impl();
   const bool sees_all = impl.tracker->IsOfThisProcess() && !impl.tracker->by_protection();

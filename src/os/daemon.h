@@ -16,8 +16,8 @@ namespace unmoor {
 // fork(2): pid 0 in the child.
 [[nodiscard]] Result<Pid> ForkProcess();
 // A process of its own session, not our child, with standard streams on /dev/null (stderr on a log
-// file if asked for) and no descriptors but those to keep. Becoming that takes two forks; meanwhile the caller
-// has this.
+// file if asked for) and no descriptors but those to keep. Becoming that takes two forks; meanwhile
+// the caller has this.
 class StartingDaemon {
  public:
   StartingDaemon(Pid middle, Fd pipe) : middle_(middle), pipe_(std::move(pipe)) {}

@@ -210,14 +210,14 @@ Result<> LinkOrCopyFile(int fd, const std::string& to) {
 }
 
 Result<struct stat> Stat(const std::string& path) {
-  struct stat info {};
+  struct stat info{};
   if (FailsByHook("stat", -1, path) || ::stat(path.c_str(), &info) != 0)
     return FileError(errno, "look at", path);
   return info;
 }
 
 Result<struct stat> StatFd(int fd, const std::string& name) {
-  struct stat info {};
+  struct stat info{};
   if (FailsByHook("fstat", fd, name) || ::fstat(fd, &info) != 0)
     return FileError(errno, "look at", name);
   return info;
@@ -232,7 +232,7 @@ bool Exists(const std::string& path) {
 }
 
 Result<bool> IsTmpfs(const std::string& path) {
-  struct statfs info {};
+  struct statfs info{};
   if (::statfs(path.c_str(), &info) != 0) return FileError(errno, "look at", path);
   return info.f_type == TMPFS_MAGIC;
 }

@@ -40,7 +40,7 @@ void Unlock(int fd) {
 // Lines like "1: FLOCK  ADVISORY  WRITE 4711 fd:01:1234 0 EOF". The device's form differs between
 // file systems, so the inode decides.
 std::string LockHolder(int fd) {
-  struct stat info {};
+  struct stat info{};
   if (::fstat(fd, &info) != 0) return {};
   std::istringstream lines(ReadFile("/proc/locks").value_or(""));
   const std::string inode = fmt::format(":{}", info.st_ino);

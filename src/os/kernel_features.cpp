@@ -170,7 +170,7 @@ KernelFeatures KernelFeatures::Probe() {
     features.yama_scope = std::atoi(scope->c_str());
   }
   features.thp = ReadThp();
-  struct statfs run {};
+  struct statfs run{};
   features.run_is_tmpfs = ::statfs("/run", &run) == 0 && run.f_type == TMPFS_MAGIC;
   features.capabilities = ReadCapabilities();
   return features;

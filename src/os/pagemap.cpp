@@ -18,9 +18,8 @@ Result<std::vector<VaddrRange>> ScanPages(int pagemap, VaddrRange range, PageQue
   };
   std::array<Region, 512> regions{};
   std::vector<VaddrRange> found;
-  const uint64_t own = query == PageQuery::kPresent
-                           ? kernel::kPageIsPfnZero
-                           : kernel::kPageIsFile | kernel::kPageIsPfnZero;
+  const uint64_t own = query == PageQuery::kPresent ? kernel::kPageIsPfnZero
+                                                    : kernel::kPageIsFile | kernel::kPageIsPfnZero;
   for (uint64_t at = range.begin.value; at < range.end.value;) {
     kernel::PmScanArg scan{};
     scan.size = sizeof(scan);

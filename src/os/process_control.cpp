@@ -192,8 +192,8 @@ Nanos WallClockNow() {
   return Nanos(int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec);
 }
 
-// Until a point in time: what is left of a span does not shrink while a signal's handler runs, and a
-// freeze of the threads that comes often enough would make the sleep last for ever.
+// Until a point in time: what is left of a span does not shrink while a signal's handler runs, and
+// a freeze of the threads that comes often enough would make the sleep last for ever.
 void SleepFor(Nanos time) {
   const Nanos until = MonotonicNow() + time;
   const timespec at{until.value / 1'000'000'000, until.value % 1'000'000'000};

@@ -41,10 +41,10 @@ void KillDescendants();
 // kernel has none or cannot tell.
 [[nodiscard]] bool HasGuardPages(int pagemap_fd, VaddrRange range);
 
-// The calling thread, and what it forks meanwhile, gets the CPU more often and for shorter (0.1 ms),
-// its share staying the same: so it goes before who has just woken it on that CPU (sched_setattr(2),
-// SCHED_OTHER slices of Linux 6.12; without them it changes nothing). For answering, not for long
-// work: that would go before the threads of a program in the same way.
+// The calling thread, and what it forks meanwhile, gets the CPU more often and for shorter (0.1
+// ms), its share staying the same: so it goes before who has just woken it on that CPU
+// (sched_setattr(2), SCHED_OTHER slices of Linux 6.12; without them it changes nothing). For
+// answering, not for long work: that would go before the threads of a program in the same way.
 void TakeShortTurns(bool on = true);
 
 [[nodiscard]] Pid OwnPid();

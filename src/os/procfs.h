@@ -82,7 +82,7 @@ struct BlockedCall {
 };
 struct ThreadCalls {
   std::vector<BlockedCall> blocked;
-  size_t threads = 0;  // blocked or not
+  size_t threads = 0;   // blocked or not
   size_t stopped = 0;   // of these, by a tracer
   size_t runnable = 0;  // of these, on a CPU or waiting for one
   [[nodiscard]] size_t waiting_for_event() const;

@@ -37,10 +37,11 @@ Failure PtraceError(int errnum, const char* what, Pid thread) {
   return SystemError(errnum, fmt::format("cannot {} thread {}", what, thread.value));
 }
 
-// Its next stop or its end, as waitpid tells them. 0: it has ended, which waitpid does not tell yet.
+// Its next stop or its end, as waitpid tells them. 0: it has ended, which waitpid does not tell
+// yet.
 //
-// A leader's end is told only once all of its threads are gone; those of them that are traced too, and
-// were killed with it, wait for us to ask. So nobody is waited for alone.
+// A leader's end is told only once all of its threads are gone; those of them that are traced too,
+// and were killed with it, wait for us to ask. So nobody is waited for alone.
 pid_t AwaitChange(Pid thread, int& status) {
   for (;;) {
     const pid_t waited = ::waitpid(thread.value, &status, __WALL | WNOHANG);

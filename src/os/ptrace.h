@@ -86,9 +86,9 @@ class ProgramStop {
   ~ProgramStop() { Release(); }
 
   // `on_late` is called again and again while some thread does not stop (it sleeps where ptrace
-  // cannot reach it); it may do what lets that thread go on, and says whether it did (the limit then
-  // begins anew). errnum EAGAIN: not within `limit`; the
-  // others stay stopped until Release. errnum ESRCH: the process ended.
+  // cannot reach it); it may do what lets that thread go on, and says whether it did (the limit
+  // then begins anew). errnum EAGAIN: not within `limit`; the others stay stopped until Release.
+  // errnum ESRCH: the process ended.
   [[nodiscard]] Result<> Stop(Nanos limit, const std::function<Result<bool>()>& on_late);
   void Release();
   [[nodiscard]] std::span<StoppedThread> threads() { return threads_; }

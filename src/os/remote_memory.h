@@ -24,9 +24,9 @@ class MemoryOfStopped {
   [[nodiscard]] Pid pid() const { return pid_; }
   // As ForceWriteMemory where the VMA is not `writable`, else as WriteMemory.
   [[nodiscard]] Result<> Write(Vaddr at, std::span<const std::byte> data, bool writable) const;
-  // Makes huge pages of whatever is in the 2 MiB blocks that begin at `blocks` (ascending), of which
-  // something may be missing: that reads zero. Anonymous, writable memory. Where it does not work
-  // (no huge page free, a kernel before 6.1) small pages stay; no error.
+  // Makes huge pages of whatever is in the 2 MiB blocks that begin at `blocks` (ascending), of
+  // which something may be missing: that reads zero. Anonymous, writable memory. Where it does not
+  // work (no huge page free, a kernel before 6.1) small pages stay; no error.
   void MakeHuge(std::span<const Vaddr> blocks) const;
 
  private:

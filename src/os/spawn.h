@@ -33,8 +33,8 @@ struct SpawnOptions {
   bool own_process_group = false;  // a Ctrl-C at the terminal then reaches only us
   bool new_session = false;        // setsid
   // Return before the program is executed: a caller that waits for that sleeps, and may be woken on
-  // the CPU where the child has begun to work. A program that cannot be executed ends with 127 and a
-  // line on stderr.
+  // the CPU where the child has begun to work. A program that cannot be executed ends with 127 and
+  // a line on stderr.
   bool at_once = false;
 };
 

@@ -29,8 +29,9 @@ struct StoredExtent {
 // Nothing: the file system does not tell (FIEMAP).
 [[nodiscard]] Result<std::optional<std::vector<StoredExtent>>> ExtentsOf(int fd, FileRange range,
                                                                          const std::string& name);
-// Has the file system read all it keeps about where the file lies (FIEMAP_FLAG_CACHE), which else it
-// does bit by bit, waiting behind the data that was asked for before. A hint: failure is ignored.
+// Has the file system read all it keeps about where the file lies (FIEMAP_FLAG_CACHE), which else
+// it does bit by bit, waiting behind the data that was asked for before. A hint: failure is
+// ignored.
 void ReadExtents(int fd);
 
 }  // namespace unmoor

@@ -38,12 +38,12 @@ struct UffdEvent {
 // How far pages were put into memory registered with kMissing, and what the next one met.
 struct UffdPlaced {
   enum class Stop {
-    kNone,        // all are in place
-    kPresent,     // there is a page already
-    kNotThere,    // no memory of this userfaultfd, or not of one VMA with what was asked for
-    kChanging,    // an event has not been read, or its thread not gone on: read, and try again
+    kNone,      // all are in place
+    kPresent,   // there is a page already
+    kNotThere,  // no memory of this userfaultfd, or not of one VMA with what was asked for
+    kChanging,  // an event has not been read, or its thread not gone on: read, and try again
     kOutOfMemory,
-    kGone,        // the address space has ended
+    kGone,  // the address space has ended
   } stop = Stop::kNone;
   Bytes bytes;
 };

@@ -22,9 +22,8 @@ bool AnyOverlap(std::span<const Carrier::PlannedArea> areas) {
   std::vector<VaddrRange> ranges;
   for (const Carrier::PlannedArea& planned : areas) ranges.push_back(planned.area.range);
   std::ranges::sort(ranges, {}, &VaddrRange::begin);
-  return std::ranges::adjacent_find(ranges, [](VaddrRange a, VaddrRange b) {
-           return a.Overlaps(b);
-         }) != ranges.end();
+  return std::ranges::adjacent_find(
+             ranges, [](VaddrRange a, VaddrRange b) { return a.Overlaps(b); }) != ranges.end();
 }
 
 }  // namespace
@@ -112,8 +111,9 @@ Result<Remapper::Next> Remapper::CopyBatch(std::vector<Piece>& batch) {
   return Next::kContinue;
 }
 
-// An area that is anonymous in part is two VMAs for the time being, which the program notices: mremap
-// of all of it fails. So a small one is cut only where it is too hot to be swapped otherwise.
+// An area that is anonymous in part is two VMAs for the time being, which the program notices:
+// mremap of all of it fails. So a small one is cut only where it is too hot to be swapped
+// otherwise.
 bool Remapper::IsSmallArea(const Piece& piece) const {
   return areas_[piece.area].area.range == piece.range && piece.range.size() <= kWholeArea;
 }

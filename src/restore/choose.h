@@ -22,9 +22,9 @@ enum class RestoreMode {
 struct ModeFacts {
   Bytes data;                   // of all layers, as they are in memory
   std::optional<Bytes> cached;  // of it, in the page cache; nothing: cannot be told
-  bool packed = false;  // some of it: what is to be mapped has to be unpacked first
+  bool packed = false;          // some of it: what is to be mapped has to be unpacked first
   Storage storage = Storage::kDisk;
-  bool can_watch = true;           // userfaultfd, page scans: what direct and lazy need
+  bool can_watch = true;                  // userfaultfd, page scans: what direct and lazy need
   std::optional<std::string> lacks_room;  // why there is no memory for all of it
 };
 

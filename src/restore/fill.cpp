@@ -145,8 +145,7 @@ class Filler {
       UNMOOR_TRY(FaultPoint("fill.piece"));
       UNMOOR_TRY(piece.task->group->room.Take(piece.size));
       if (piece.huge != nullptr) {
-        std::call_once(piece.huge->made,
-                       [&] { piece.task->memory.MakeHuge(piece.huge->blocks); });
+        std::call_once(piece.huge->made, [&] { piece.task->memory.MakeHuge(piece.huge->blocks); });
       }
       for (const OverlayRun& run : piece.runs) UNMOOR_TRY(FillRun(piece, run, source));
       crew.Done(piece.size.value);

@@ -1,9 +1,10 @@
-// Fill: all pages of an image go into the memory of tasks that do not run yet (restore --mode eager).
+// Fill: all pages of an image go into the memory of tasks that do not run yet (restore --mode
+// eager).
 //
-// CRIU has made that memory, anonymous and empty, and stopped the tasks. Nobody runs in it, so nothing
-// has to be guarded, swapped or put inside: threads of this process read blocks of the layers, hold
-// each against its hash and write its pages in place from outside. 2 MiB blocks all of whose pages
-// are in the image become huge pages first, so that they are written once.
+// CRIU has made that memory, anonymous and empty, and stopped the tasks. Nobody runs in it, so
+// nothing has to be guarded, swapped or put inside: threads of this process read blocks of the
+// layers, hold each against its hash and write its pages in place from outside. 2 MiB blocks all of
+// whose pages are in the image become huge pages first, so that they are written once.
 //
 // Memory is looked for before it is taken (os/memory_room.h). After a failure part of the memory is
 // filled: the tasks must not run. Its message names the file and offset of a damaged block, and the
@@ -34,7 +35,7 @@ struct FillOptions {
 };
 
 // `layers[i]` is the plan's layer i, with its hashes.
-[[nodiscard]] Result<> Fill(std::span<const FillTarget> targets,
-                            const LayerSources& layers, const FillOptions& options);
+[[nodiscard]] Result<> Fill(std::span<const FillTarget> targets, const LayerSources& layers,
+                            const FillOptions& options);
 
 }  // namespace unmoor

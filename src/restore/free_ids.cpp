@@ -31,9 +31,9 @@ struct Taker {
           id.value, process.name, itself ? "" : fmt::format(" (process {})", process.pid.value),
           process.parent.value);
     }
-    return fmt::format("process id {} is {} {}{}; end that process first, or restore below 'unshare -p'",
-                       id.value, as, process.name,
-                       itself ? "" : fmt::format(" (process {})", process.pid.value));
+    return fmt::format(
+        "process id {} is {} {}{}; end that process first, or restore below 'unshare -p'", id.value,
+        as, process.name, itself ? "" : fmt::format(" (process {})", process.pid.value));
   }
 };
 

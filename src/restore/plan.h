@@ -40,8 +40,8 @@ struct RestorePlan {
                                                           std::span<const LayerInfo> layers,
                                                           const std::string& directory);
 
-// Where in the tasks the pages of a working set are, for these to be brought first. Ranges of layers
-// that are none of these mean nothing.
+// Where in the tasks the pages of a working set are, for these to be brought first. Ranges of
+// layers that are none of these mean nothing.
 void PlanFirstPages(const WorkingSet& set, std::span<const LayerInfo> layers,
                     std::vector<LazyTask>& tasks);
 
@@ -49,8 +49,8 @@ void PlanFirstPages(const WorkingSet& set, std::span<const LayerInfo> layers,
 struct FillArea {
   VaddrRange vma;
   bool writable = false;
-  bool may_be_huge = true;         // the program has not asked for small pages
-  std::vector<OverlayRun> pages;   // ascending, disjoint
+  bool may_be_huge = true;        // the program has not asked for small pages
+  std::vector<OverlayRun> pages;  // ascending, disjoint
 };
 struct FillTask {
   uint32_t vpid = 0;

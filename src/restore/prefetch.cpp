@@ -20,8 +20,8 @@ struct Layer {
 Layer OpenLayer(const std::string& directory, const std::string& id) {
   Layer layer;
   if (IsPackedLayer(directory, id)) {
-    auto packed = PackedReader::Open(LayerPackedPath(directory, id), LayerIndexPath(directory, id),
-                                     nullptr);
+    auto packed =
+        PackedReader::Open(LayerPackedPath(directory, id), LayerIndexPath(directory, id), nullptr);
     if (packed) layer.packed.emplace(*std::move(packed));
   } else if (auto pages = OpenFile(LayerPagesPath(directory, id), O_RDONLY)) {
     layer.pages = *std::move(pages);

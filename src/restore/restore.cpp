@@ -40,7 +40,7 @@ namespace {
 
 constexpr int kGateFd = 3;  // inside criu: two of the gate, then the layers
 constexpr int kFirstLayerFd = 5;
-constexpr size_t kLayersAtOnce = 128;         // handed to criu before it is known which it maps
+constexpr size_t kLayersAtOnce = 128;  // handed to criu before it is known which it maps
 constexpr Bytes kDeltasInMemory(uint64_t{16} << 20);
 constexpr char kLazySocket[] = "lazy-pages.socket";  // in criu's working directory
 

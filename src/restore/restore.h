@@ -13,8 +13,8 @@
 // Lazy: criu makes the memory anonymous and empty, with a userfaultfd, whose server (the agent)
 // brings the pages; nothing is ever mapped from the image.
 //
-// Eager: criu makes the memory anonymous and empty, and it is filled (fill.h) before anybody runs. The
-// agent only sees to it that nothing is left should we die, and lets the tasks run.
+// Eager: criu makes the memory anonymous and empty, and it is filled (fill.h) before anybody runs.
+// The agent only sees to it that nothing is left should we die, and lets the tasks run.
 //
 // The restored root becomes a child of the calling process. One restore at a time in a process.
 // Document: docs/architecture.md, docs/cli.md.

@@ -75,7 +75,8 @@ Result<std::vector<std::string>> ImagesIn(const std::string& place) {
   for (const std::string& name : names) {
     const std::string directory = path + "/" + name;
     // What was unpacked for a restore is no generation of its own.
-    if (!IsPartialName(name) && !IsCacheName(name) && IsImage(directory)) images.push_back(directory);
+    if (!IsPartialName(name) && !IsCacheName(name) && IsImage(directory))
+      images.push_back(directory);
   }
   return images;
 }
@@ -147,12 +148,13 @@ Result<std::vector<Garbage>> FindUnnamedLayers(const std::string& directory,
     if (IsPackedLayer(directory, layer.id)) known.insert(layer.id + std::string(kPackedSuffix));
   }
   for (const std::string& name : names) {
-    const bool pending =
-        IsPendingName(name, kRepairInfix) || IsPendingName(name, kReorderInfix);
+    const bool pending = IsPendingName(name, kRepairInfix) || IsPendingName(name, kReorderInfix);
     const size_t dot = name.find('.');
-    if (known.contains(name) || dot == std::string::npos || !IsValidId(name.substr(0, dot))) continue;
+    if (known.contains(name) || dot == std::string::npos || !IsValidId(name.substr(0, dot)))
+      continue;
     const std::string suffix = name.substr(dot);
-    if (!pending && suffix != kPagesSuffix && suffix != kIndexSuffix && suffix != kPackedSuffix) continue;
+    if (!pending && suffix != kPagesSuffix && suffix != kIndexSuffix && suffix != kPackedSuffix)
+      continue;
     items.push_back({LayersDirectory(directory) + "/" + name,
                      pending ? "left by a command that did not finish"
                              : "a layer file that the manifest does not name"});
@@ -234,9 +236,10 @@ Result<Bytes> RemoveImage(const std::string& directory) {
   UNMOOR_ASSIGN(const std::string path, RealPath(directory));
   UNMOOR_ASSIGN(const bool is_image, IsCheckpointDirectory(path));
   if (!is_image) {
-    return UserError("{} is not an image directory, or holds more than an image; nothing was "
-                     "removed",
-                     directory);
+    return UserError(
+        "{} is not an image directory, or holds more than an image; nothing was "
+        "removed",
+        directory);
   }
   LinkCounter links;
   links.Add(path);

@@ -20,12 +20,13 @@ struct Generation {
   std::string directory;
   std::optional<std::string> problem;  // the manifest cannot be read: all below is empty
   Manifest manifest;
-  Bytes pages;     // of the memory, wherever in its layers they are, and with criu
-  Bytes written;   // of these, by the dump itself: in a layer of its own, and with criu
-  Bytes freeable;  // on disk, if this directory alone were removed
+  Bytes pages;          // of the memory, wherever in its layers they are, and with criu
+  Bytes written;        // of these, by the dump itself: in a layer of its own, and with criu
+  Bytes freeable;       // on disk, if this directory alone were removed
   bool packed = false;  // some layer of it
   std::optional<std::string> parent_directory;  // when it is among those listed
-  // Whether `written` is known: the manifest says so, nothing is before it, or the parent is listed.
+  // Whether `written` is known: the manifest says so, nothing is before it, or the parent is
+  // listed.
   [[nodiscard]] bool written_known() const {
     return manifest.written || !manifest.parent_id || parent_directory;
   }

@@ -15,7 +15,7 @@ namespace unmoor {
 
 struct ExportOptions {
   std::string directory;
-  std::string out;  // missing or empty
+  std::string out;                                        // missing or empty
   std::function<void(Bytes done, Bytes total)> progress;  // may be empty
 };
 

@@ -325,7 +325,8 @@ Result<> Importer::CopyMetadata() {
     UNMOOR_ASSIGN(const struct stat info, Stat(path));
     const auto stream = criu::ParsePagemapName(name);
     if (!stream) {
-      if (S_ISREG(info.st_mode)) UNMOOR_TRY(CopyRegularFile(path, CriuDirectory(out_) + "/" + name));
+      if (S_ISREG(info.st_mode))
+        UNMOOR_TRY(CopyRegularFile(path, CriuDirectory(out_) + "/" + name));
     } else if (stream->kind != criu::StreamKind::kTask) {
       UNMOOR_ASSIGN(const std::vector<ChainRun> runs, pages_.Resolve(*stream));
       UNMOOR_TRY(WritePages(*stream, runs, {}));

@@ -128,8 +128,8 @@ Result<> MendIndex(const std::string& ours, const std::string& theirs, const Man
   PendingFile mended(ours, kRepairInfix);
   UNMOOR_TRY(mended.Create());
   UNMOOR_ASSIGN(const std::string bytes, ReadFile(theirs, Bytes(uint64_t{8} << 30)));
-  UNMOOR_TRY(WriteExactlyAt(mended.fd(), std::as_bytes(std::span(bytes)), FileOffset(0),
-                            mended.path()));
+  UNMOOR_TRY(
+      WriteExactlyAt(mended.fd(), std::as_bytes(std::span(bytes)), FileOffset(0), mended.path()));
   return PutInPlace(mended);
 }
 

@@ -10,9 +10,9 @@
 #include "criu/page_images.h"
 #include "image/directory_lock.h"
 #include "image/layout.h"
-#include "image/packed_layer.h"
 #include "image/overlay.h"
 #include "image/pack.h"
+#include "image/packed_layer.h"
 #include "image/working_set.h"
 #include "os/file.h"
 #include "os/process_control.h"
@@ -20,7 +20,6 @@
 
 namespace unmoor {
 namespace {
-
 
 Damage Whole(std::string file, const Error& error) {
   return {std::move(file), std::nullopt, error.message(), {}};
@@ -57,8 +56,7 @@ Result<> Verifier::CheckRepairSource() const {
   if (!theirs) return UserError("{} does not exist, so nothing can be repaired from it", from);
   const auto ours = Stat(options_.directory);
   if (ours && ours->st_ino == theirs->st_ino && ours->st_dev == theirs->st_dev) {
-    return UserError("{} is {} itself; repair it from another directory", from,
-                     options_.directory);
+    return UserError("{} is {} itself; repair it from another directory", from, options_.directory);
   }
   return {};
 }
@@ -199,8 +197,9 @@ void Verifier::CheckPagemap(criu::PageStreamId id) {
   const auto size = static_cast<uint64_t>(info->st_size);
   if (size == expected.value) return;
   report_.damages.push_back(
-      {pages, FileRange{FileOffset(std::min(size, expected.value)),
-                        FileOffset(std::max(size, expected.value))},
+      {pages,
+       FileRange{FileOffset(std::min(size, expected.value)),
+                 FileOffset(std::max(size, expected.value))},
        fmt::format("{} {}: it ends at offset {}, not at {} as {} says", pages,
                    size < expected.value ? "is truncated" : "has bytes too many", size,
                    expected.value, path),

@@ -242,9 +242,7 @@ bool IsReordered(const Chain& chain) {
 
 const std::vector<std::string> kOnlyImage = {"image"};
 const Command kFlatten{"flatten",
-                       [](const Chain& chain) {
-                         return Forget(Flatten({chain.image(), {}, {}}));
-                       },
+                       [](const Chain& chain) { return Forget(Flatten({chain.image(), {}, {}})); },
                        ShowsTree,
                        [](const Chain& chain) {
                          const auto manifest = ReadManifest(chain.image());
@@ -303,9 +301,7 @@ const std::vector<Command> kCommands = {
      },
      {"image", "out"}},
     {"export",
-     [](const Chain& chain) {
-       return Forget(Export({chain.image(), chain.out(), {}}));
-     },
+     [](const Chain& chain) { return Forget(Export({chain.image(), chain.out(), {}})); },
      [](const Chain& chain) {
        return ShowsTree(chain) &&
               (!Exists(chain.out()) || IsStockOfTree(chain.out(), chain.tree()));
@@ -399,7 +395,7 @@ class Disk {
 
   void Synced(int fd) {
     const std::string path = fmt::format("/proc/self/fd/{}", fd);
-    struct stat info {};
+    struct stat info{};
     if (::fstat(fd, &info) == 0) Keep(path, info);
   }
   // What a machine would find after a loss of power now. Names that no fsync of their directory has
@@ -410,7 +406,7 @@ class Disk {
   using Key = std::pair<dev_t, ino_t>;
 
   void Remember(const std::string& path, bool recursive) {
-    struct stat info {};
+    struct stat info{};
     if (::lstat(path.c_str(), &info) != 0) return;
     Keep(path, info);
     if (!recursive || !S_ISDIR(info.st_mode)) return;
@@ -423,7 +419,7 @@ class Disk {
     if (S_ISDIR(info.st_mode)) {
       std::map<std::string, Key> entries;
       for (const std::string& name : NamesIn(path)) {
-        struct stat entry {};
+        struct stat entry{};
         if (::lstat((path + "/" + name).c_str(), &entry) == 0) {
           entries[name] = {entry.st_dev, entry.st_ino};
           is_directory_[entries[name]] = S_ISDIR(entry.st_mode);
@@ -438,7 +434,7 @@ class Disk {
     is_directory_[key] = S_ISDIR(info.st_mode);
   }
   void Rebuild(const std::string& from, const std::string& to, bool names) const {
-    struct stat info {};
+    struct stat info{};
     ASSERT_EQ(::lstat(from.c_str(), &info), 0);
     RebuildEntry({info.st_dev, info.st_ino}, from, to, names);
   }
@@ -456,7 +452,7 @@ class Disk {
     std::map<std::string, Key> entries;
     if (names) {
       for (const std::string& name : NamesIn(from)) {
-        struct stat info {};
+        struct stat info{};
         if (::lstat((from + "/" + name).c_str(), &info) != 0) continue;
         entries[name] = {info.st_dev, info.st_ino};
         is_directory_[entries[name]] = S_ISDIR(info.st_mode);

@@ -155,8 +155,7 @@ TEST(Durable, ARepairReplacesAFileOnlyByOneThatIsOnTheDisk) {
     EXPECT_GT(renamed, watched.Last("fsync", beside)) << victim;
     EXPECT_GT(watched.Last("fsync", beside), watched.LastWrite(beside)) << victim;
     EXPECT_GT(watched.Last("fsync", layers), renamed) << "and its name";
-    EXPECT_TRUE(
-        VerifyLayer(image.path(), image.entry().id, &image.entry(), {}).damages.empty());
+    EXPECT_TRUE(VerifyLayer(image.path(), image.entry().id, &image.entry(), {}).damages.empty());
   }
 }
 

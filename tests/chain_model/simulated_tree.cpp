@@ -129,8 +129,8 @@ Result<> WriteMetadata(const std::string& directory, uint32_t vpid, const Simula
   core.mutable_tc()->set_task_state(static_cast<uint32_t>(criu::TaskState::kAlive));
   core.mutable_tc()->set_exit_code(0);
   core.mutable_tc()->set_comm("task");
-  UNMOOR_TRY(WriteImage(fmt::format("{}/core-{}.img", directory, vpid), criu::ImageType::kCore,
-                        core));
+  UNMOOR_TRY(
+      WriteImage(fmt::format("{}/core-{}.img", directory, vpid), criu::ImageType::kCore, core));
   criu::proto::MmEntry mm;
   using Mm = criu::proto::MmEntry;
   for (const auto set :

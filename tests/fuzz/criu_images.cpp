@@ -37,9 +37,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const Folder folder;
   // SAFETY: char may alias any object.
   const std::string_view bytes(reinterpret_cast<const char*>(data), size);
-  for (const auto type : {criu::ImageType::kInventory, criu::ImageType::kPstree,
-                          criu::ImageType::kCore, criu::ImageType::kMm, criu::ImageType::kFiles,
-                          criu::ImageType::kPagemap}) {
+  for (const auto type :
+       {criu::ImageType::kInventory, criu::ImageType::kPstree, criu::ImageType::kCore,
+        criu::ImageType::kMm, criu::ImageType::kFiles, criu::ImageType::kPagemap}) {
     (void)criu::RawImage::Parse(std::string(bytes), type, "fuzzed");
   }
   (void)criu::ReadTasks(folder.Put("pstree.img", bytes));

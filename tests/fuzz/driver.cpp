@@ -29,7 +29,7 @@ using Input = std::vector<uint8_t>;
 constexpr size_t kMaxInput = size_t{1} << 20;
 constexpr rlim_t kMaxMemory = rlim_t{3} << 30;
 
-Input current;      // for the handler: not changed while the target runs
+Input current;  // for the handler: not changed while the target runs
 long current_run = -1;
 std::string kept;
 
@@ -47,7 +47,7 @@ size_t Below(std::mt19937_64& random, size_t bound) {
 }
 
 void MutateOnce(Input& input, std::mt19937_64& random) {
-  constexpr uint64_t kEdges[] = {0,     1,         0x7f,      0x80,       0xff,
+  constexpr uint64_t kEdges[] = {0,      1,          0x7f,       0x80,        0xff,
                                  0xffff, 0x7fffffff, 0xffffffff, 0x100000000, ~uint64_t{0}};
   const size_t at = Below(random, input.size());
   const size_t length = std::min<size_t>(1 + Below(random, 32), input.size() - at);
@@ -105,7 +105,8 @@ int main(int argc, char** argv) {
   if (argc < 3) return 2;
   const char* const folder = std::getenv("TMPDIR");
   kept = std::string(folder != nullptr ? folder : "/tmp") + "/fuzz-input";
-  for (const int signal : {SIGSEGV, SIGABRT, SIGBUS, SIGFPE, SIGILL}) std::signal(signal, KeepInput);
+  for (const int signal : {SIGSEGV, SIGABRT, SIGBUS, SIGFPE, SIGILL})
+    std::signal(signal, KeepInput);
   const rlimit limit{kMaxMemory, kMaxMemory};
   if (::setrlimit(RLIMIT_AS, &limit) != 0) return 2;
   const std::vector<Input> corpus = ReadCorpus(argv[1]);

@@ -1,6 +1,6 @@
-// Packed layers. The input is a list of edits of a sound packed file, six bytes each (place, what to
-// do, value); then, unless the first byte is odd, its checksums are made right again, so that tables
-// and decompression are reached.
+// Packed layers. The input is a list of edits of a sound packed file, six bytes each (place, what
+// to do, value); then, unless the first byte is odd, its checksums are made right again, so that
+// tables and decompression are reached.
 #include <fcntl.h>
 
 #include <cstring>
@@ -21,20 +21,18 @@ LayerIndex MakeIndex(const std::vector<std::byte>& pages) {
   index.header.id = "0123456789abcdef0123456789abcdef";
   index.header.header_checksum = 4711;
   index.header.pages_size = pages.size() + kHugePageSize;
-  const std::vector<FileRange> runs = {
-      {FileOffset(0), FileOffset(3 * kPageSize)},
-      {FileOffset(5 * kPageSize), FileOffset(40 * kPageSize)},
-      {FileOffset(510 * kPageSize), FileOffset(530 * kPageSize)}};
+  const std::vector<FileRange> runs = {{FileOffset(0), FileOffset(3 * kPageSize)},
+                                       {FileOffset(5 * kPageSize), FileOffset(40 * kPageSize)},
+                                       {FileOffset(510 * kPageSize), FileOffset(530 * kPageSize)}};
   for (const FileRange& run : runs) {
-    index.tables.segments.push_back(
-        {1, {Vaddr(run.begin.value), Vaddr(run.end.value)}, run.begin});
+    index.tables.segments.push_back({1, {Vaddr(run.begin.value), Vaddr(run.end.value)}, run.begin});
     index.header.data_bytes += run.size().value;
   }
   index_format::ForEachDataBlock(index.tables.segments,
                                  [&](uint64_t block) { index.blocks.push_back(block); });
   for (const uint64_t block : index.blocks) {
-    index.hashes.push_back(index_format::Checksum(
-        std::span(pages).subspan(block * kBlockSize, kBlockSize)));
+    index.hashes.push_back(
+        index_format::Checksum(std::span(pages).subspan(block * kBlockSize, kBlockSize)));
   }
   return index;
 }
@@ -65,8 +63,8 @@ Sound Make(Codec codec) {
   for (const format::Frame& frame : plan.frames) {
     std::vector<std::byte> content;
     for (size_t i = frame.first_run; i < frame.first_run + frame.run_count; ++i) {
-      const auto part = std::span(pages).subspan(plan.runs[i].begin.value,
-                                                 plan.runs[i].size().value);
+      const auto part =
+          std::span(pages).subspan(plan.runs[i].begin.value, plan.runs[i].size().value);
       content.insert(content.end(), part.begin(), part.end());
     }
     const auto stored = compressor.Compress(content).value();
@@ -102,9 +100,8 @@ void Repair(std::vector<std::byte>& file, size_t frames) {
     std::memcpy(&file[place], &file[entry], format::kHeadSize);
   }
   PutLittleEndian(file, 120, index_format::Checksum(std::span(file).first(120)));
-  const auto trailer =
-      format::EncodeTrailer(std::span<const std::byte>(file).subspan(table_at, table_bytes),
-                            table_at);
+  const auto trailer = format::EncodeTrailer(
+      std::span<const std::byte>(file).subspan(table_at, table_bytes), table_at);
   std::memcpy(&file[file.size() - format::kTrailerSize], trailer.data(), trailer.size());
 }
 

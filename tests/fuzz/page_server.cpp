@@ -12,8 +12,7 @@ namespace {
 class CheckingSink : public criu::PageSink {
  public:
   Result<> Open(criu::PageStreamId) override { return {}; }
-  Result<> Pages(criu::PageStreamId, Vaddr at, uint32_t,
-                 std::span<const std::byte> data) override {
+  Result<> Pages(criu::PageStreamId, Vaddr at, uint32_t, std::span<const std::byte> data) override {
     UNMOOR_CHECK(!data.empty() && data.size() % kPageSize == 0);
     UNMOOR_CHECK(at.value % kPageSize == 0 && data.size() <= criu::PageServer::kChunk.value);
     return {};

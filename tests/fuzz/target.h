@@ -1,6 +1,6 @@
 // A fuzz target: one function over bytes that must neither crash, nor hang, nor allocate what the
-// bytes ask for. Built twice: with driver.cpp (a fixed number of seeded mutations of the corpus; part
-// of tools/test) and, preset `fuzz`, with libFuzzer and sanitizers (tools/test --long).
+// bytes ask for. Built twice: with driver.cpp (a fixed number of seeded mutations of the corpus;
+// part of tools/test) and, preset `fuzz`, with libFuzzer and sanitizers (tools/test --long).
 #pragma once
 
 #include <cstddef>

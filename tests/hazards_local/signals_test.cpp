@@ -54,7 +54,7 @@ void OwnHandler(int signal, siginfo_t* info, void* context) {
 }
 
 void Install(int flags, int signal = SIGSEGV) {
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = OwnHandler;
   action.sa_flags = SA_SIGINFO | flags;
   sigaddset(&action.sa_mask, SIGUSR2);
@@ -132,9 +132,8 @@ TEST_F(OwnHandlers, InstalledAfterOursGetTheirFaults) {
 }
 
 TEST_F(OwnHandlers, ThatLeaveTheirSignalOpenFindItOpen) {
-  EXPECT_TRUE(InChild([&] {
-    return FaultsAndWrites([] { Install(SA_NODEFER); }, [] {}, false, false);
-  }));
+  EXPECT_TRUE(
+      InChild([&] { return FaultsAndWrites([] { Install(SA_NODEFER); }, [] {}, false, false); }));
 }
 
 TEST_F(OwnHandlers, OfBusErrorsGetThemWhileMemoryIsGuarded) {
@@ -162,7 +161,7 @@ TEST_F(OwnHandlers, ThatCallTheOneTheyReplacedDoNotGoInCircles) {
     Install(0);
     Map();
     if (!Start(Guard::kFault, false).Wait(kLimit).ok()) return false;
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = [](int signal, siginfo_t* info, void* context) {
       if ((replaced.sa_flags & SA_SIGINFO) != 0) replaced.sa_sigaction(signal, info, context);
     };
@@ -183,7 +182,7 @@ TEST_F(OwnHandlers, ThatCallOursAfterItWasLetGoReachTheOneBefore) {
   EXPECT_TRUE(InChild([&] {
     Install(0);
     Map();
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = [](int signal, siginfo_t* info, void* context) {
       replaced.sa_sigaction(signal, info, context);
     };
@@ -208,7 +207,7 @@ TEST_F(OwnHandlers, ThatOursStoodInFrontOfAreCalledOnce) {
     Install(0);
     Map();
     static std::atomic<int> calls{0};
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = [](int signal, siginfo_t* info, void* context) {
       ++calls;
       replaced.sa_sigaction(signal, info, context);
@@ -227,8 +226,8 @@ TEST_F(OwnHandlers, ThatOursStoodInFrontOfAreCalledOnce) {
   }));
 }
 
-// A SIGSEGV that is sent is ignored as it was meant to be; one that the program's own access made is
-// the end, whatever was said of it.
+// A SIGSEGV that is sent is ignored as it was meant to be; one that the program's own access made
+// is the end, whatever was said of it.
 TEST_F(OwnHandlers, IgnoredSignalsStayIgnoredAndFaultsFatal) {
   SKIP_WHERE_HANDLERS_ARE_STOOD_IN_FOR();
   std::fflush(nullptr);
@@ -239,7 +238,7 @@ TEST_F(OwnHandlers, IgnoredSignalsStayIgnoredAndFaultsFatal) {
     Map();
     if (!Start(Guard::kFault, false).Wait(kLimit).ok()) ::_exit(7);
     for (int i = 0; i < 100; ++i) ::kill(::getpid(), SIGSEGV);
-    struct sigaction now {};
+    struct sigaction now{};
     ::sigaction(SIGSEGV, nullptr, &now);
     if (now.sa_handler == SIG_IGN) ::_exit(8);  // ours is not in front: nothing was tried
     void* own = ::mmap(nullptr, kPage, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

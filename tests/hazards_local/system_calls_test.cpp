@@ -101,7 +101,7 @@ TEST_F(SystemCalls, NoDatagramIsLost) {
 }
 
 TEST_F(SystemCalls, GetrandomAndStatNeverFail) {
-  struct stat expected {};
+  struct stat expected{};
   ASSERT_EQ(::stat("/proc/self/exe", &expected), 0);
   const auto body = [&](char* memory, const std::atomic<bool>& over) {
     for (size_t i = 0; !over || i < 8; ++i) {

@@ -84,8 +84,7 @@ TEST_F(Threads, EndsAreSeenByPthreadJoin) {
   const auto body = [&](char* memory, const std::atomic<bool>& over) {
     for (size_t i = 0; !over || i < 8; ++i) {
       char* stack = memory + i % 5 * kMiB;
-      const pthread_t thread = ThreadOn(
-          stack, kMiB, [](void* p) { return p; }, stack);
+      const pthread_t thread = ThreadOn(stack, kMiB, [](void* p) { return p; }, stack);
       void* result = nullptr;
       ASSERT_EQ(::pthread_join(thread, &result), 0);
       ASSERT_EQ(result, stack);
@@ -98,14 +97,14 @@ std::atomic<uint64_t> handled{0};
 
 void SignalBombardment(Hazard& /*test*/, char* memory, const std::atomic<bool>& over,
                        bool onstack) {
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_handler = [](int) {
     volatile char frame[2000];
     for (size_t i = 0; i < sizeof(frame); i += 100) frame[i] = static_cast<char>(i);
     ++handled;
   };
   action.sa_flags = SA_RESTART | (onstack ? SA_ONSTACK : 0);
-  struct sigaction before {};
+  struct sigaction before{};
   ASSERT_EQ(::sigaction(SIGUSR1, &action, &before), 0);
   struct State {
     OnStack on_stack;

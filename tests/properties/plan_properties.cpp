@@ -107,8 +107,7 @@ RangeSet DroppedOf(const Model& model) {
 }
 
 std::vector<Area> AreasOf(const std::vector<VmaInfo>& vmas, const Model& model) {
-  return FindAreas(
-      vmas, [](const VmaInfo& vma) { return vma.name == "image"; }, DroppedOf(model));
+  return FindAreas(vmas, [](const VmaInfo& vma) { return vma.name == "image"; }, DroppedOf(model));
 }
 
 const ModelPage& PageAt(const Model& model, Vaddr at) {

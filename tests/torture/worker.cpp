@@ -85,7 +85,7 @@ void Must(bool condition, const char* what) {
 }  // namespace
 
 void InstallHandlers() {
-  struct sigaction action {};
+  struct sigaction action{};
   sigemptyset(&action.sa_mask);
   action.sa_sigaction = OnFault;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;

@@ -33,9 +33,12 @@ struct DumpArguments {
 };
 
 constexpr char kFooter[] =
-    "\nThe program is frozen while its pages are read (with --pre-dump: while what changed last is);\n"
-    "then it is ended, or runs on with -R, while the rest is written. If anything fails it runs on\n"
-    "as if nothing had happened, and DIR stays as it was. A DIR that holds a checkpoint is replaced\n"
+    "\nThe program is frozen while its pages are read (with --pre-dump: while what changed last "
+    "is);\n"
+    "then it is ended, or runs on with -R, while the rest is written. If anything fails it runs "
+    "on\n"
+    "as if nothing had happened, and DIR stays as it was. A DIR that holds a checkpoint is "
+    "replaced\n"
     "only once the new one is complete.\n"
     "\nExamples:\n"
     "  unmoor dump -t 4711 -D /var/tmp/image\n"
@@ -80,24 +83,25 @@ int PrintDryRun(const CheckpointOptions& options, bool json) {
 void PrintReport(const CheckpointReport& report, bool flattened, bool json) {
   const ManifestTotals totals = report.manifest.Totals();
   if (json) {
-    PrintJson({{"directory", report.directory},
-               {"checkpoint_id", report.manifest.checkpoint_id},
-               {"tasks", totals.tasks},
-               {"vmas", totals.vmas},
-               {"mapped_bytes", totals.mapped.value},
-               {"layer_bytes", totals.layer_data.value},
-               {"written_bytes", report.written.value},
-               {"parent", report.parent ? nlohmann::json(*report.parent) : nlohmann::json()},
-               {"criu_bytes", totals.criu_data.value},
-               {"packed_bytes", report.packed ? nlohmann::json(report.packed->value) : nlohmann::json()},
-               {"allocated_bytes", report.allocated.value},
-               {"read_bytes", report.read.value},
-               {"pre_dump_rounds", report.rounds},
-               {"remapped_first", report.remapped_first},
-               {"flattened", flattened},
-               {"still_mapped", report.still_mapped},
-               {"frozen_ns", report.frozen.value},
-               {"elapsed_ns", report.elapsed.value}});
+    PrintJson(
+        {{"directory", report.directory},
+         {"checkpoint_id", report.manifest.checkpoint_id},
+         {"tasks", totals.tasks},
+         {"vmas", totals.vmas},
+         {"mapped_bytes", totals.mapped.value},
+         {"layer_bytes", totals.layer_data.value},
+         {"written_bytes", report.written.value},
+         {"parent", report.parent ? nlohmann::json(*report.parent) : nlohmann::json()},
+         {"criu_bytes", totals.criu_data.value},
+         {"packed_bytes", report.packed ? nlohmann::json(report.packed->value) : nlohmann::json()},
+         {"allocated_bytes", report.allocated.value},
+         {"read_bytes", report.read.value},
+         {"pre_dump_rounds", report.rounds},
+         {"remapped_first", report.remapped_first},
+         {"flattened", flattened},
+         {"still_mapped", report.still_mapped},
+         {"frozen_ns", report.frozen.value},
+         {"elapsed_ns", report.elapsed.value}});
     return;
   }
   const std::string layers =

@@ -51,7 +51,8 @@ Action ConfigureExport(CLI::App& app) {
   app.add_flag("--json", arguments->json, "One JSON object on stdout");
   app.footer(
       "\nOUT is what a plain 'criu dump' would have left, deltas merged: 'criu restore -D OUT' of\n"
-      "the criu that made the image restores it, with the options the program needs. Every page is\n"
+      "the criu that made the image restores it, with the options the program needs. Every page "
+      "is\n"
       "held against its hash on the way.\n");
   return [arguments](const Invocation&) { return RunExport(*arguments); };
 }

@@ -27,14 +27,11 @@ nlohmann::json ToJson(const Generation& generation) {
     return {{"directory", generation.directory}, {"error", *generation.problem}};
   }
   const Manifest& manifest = generation.manifest;
-  nlohmann::json item = {{"directory", generation.directory},
-                         {"checkpoint_id", manifest.checkpoint_id},
-                         {"created", Date(manifest.created)},
-                         {"created_unix_ns", manifest.created.value},
-                         {"tasks", manifest.tasks.size()},
-                         {"layers", manifest.layers.size()},
-                         {"pages_bytes", generation.pages.value},
-                         {"freeable_bytes", generation.freeable.value}};
+  nlohmann::json item = {
+      {"directory", generation.directory},     {"checkpoint_id", manifest.checkpoint_id},
+      {"created", Date(manifest.created)},     {"created_unix_ns", manifest.created.value},
+      {"tasks", manifest.tasks.size()},        {"layers", manifest.layers.size()},
+      {"pages_bytes", generation.pages.value}, {"freeable_bytes", generation.freeable.value}};
   item["packed"] = generation.packed;
   if (manifest.parent_id) item["parent_id"] = *manifest.parent_id;
   if (generation.parent_directory) item["parent_directory"] = *generation.parent_directory;
@@ -46,24 +43,24 @@ nlohmann::json ToJson(const Generation& generation) {
 }
 
 std::string ToText(const Generation& generation) {
-  if (generation.problem) return fmt::format("{}\n  {}\n", generation.directory, *generation.problem);
+  if (generation.problem)
+    return fmt::format("{}\n  {}\n", generation.directory, *generation.problem);
   const Manifest& manifest = generation.manifest;
   std::string parent = "-";
   if (manifest.parent_id) {
     parent = manifest.parent_id->substr(0, kShortId);
     if (!generation.parent_directory) parent += " (not here)";
   }
-  std::string text = fmt::format("{}\n  {}  {}  after {}  ", generation.directory,
-                                 manifest.checkpoint_id.substr(0, kShortId),
-                                 Date(manifest.created), parent);
+  std::string text =
+      fmt::format("{}\n  {}  {}  after {}  ", generation.directory,
+                  manifest.checkpoint_id.substr(0, kShortId), Date(manifest.created), parent);
   text += generation.written_known()
               ? fmt::format("{} written of {} ({:.1f} %)", HumanBytes(generation.written),
                             HumanBytes(generation.pages), DirtyShare(generation) * 100)
               : fmt::format("{} of pages", HumanBytes(generation.pages));
   return text + fmt::format("  {} layer{}{}  {} on disk its own\n", manifest.layers.size(),
                             manifest.layers.size() == 1 ? "" : "s",
-                            generation.packed ? ", packed" : "",
-                            HumanBytes(generation.freeable));
+                            generation.packed ? ", packed" : "", HumanBytes(generation.freeable));
 }
 
 int RunLog(const StoreArguments& arguments) {
@@ -86,7 +83,8 @@ int RunRemove(const StoreArguments& arguments) {
     const auto removed = RemoveImage(directory);
     if (!removed) return Report(removed.error(), arguments.json);
     freed += *removed;
-    if (!arguments.json) Print(fmt::format("removed {}, {} freed\n", directory, HumanBytes(*removed)));
+    if (!arguments.json)
+      Print(fmt::format("removed {}, {} freed\n", directory, HumanBytes(*removed)));
   }
   if (arguments.json) PrintJson({{"removed", arguments.places}, {"freed_bytes", freed.value}});
   return kExitSuccess;
@@ -97,7 +95,8 @@ int RunCollect(const StoreArguments& arguments) {
   if (!report) return Report(report.error(), arguments.json);
   if (arguments.json) {
     nlohmann::json list = nlohmann::json::array();
-    for (const Garbage& item : report->items) list.push_back({{"path", item.path}, {"why", item.why}});
+    for (const Garbage& item : report->items)
+      list.push_back({{"path", item.path}, {"why", item.why}});
     nlohmann::json kept = nlohmann::json::array();
     for (const Kept& item : report->kept) {
       kept.push_back({{"path", item.path}, {"why", item.why}, {"layers", item.layers}});
@@ -110,16 +109,17 @@ int RunCollect(const StoreArguments& arguments) {
   }
   for (const Kept& item : report->kept) {
     const size_t layers = item.layers.size();
-    Print(fmt::format("kept {}: {}{}\n", item.path, item.why,
-                      layers == 0 ? "" : fmt::format(" of {} layer{}", layers, layers == 1 ? "" : "s")));
+    Print(fmt::format(
+        "kept {}: {}{}\n", item.path, item.why,
+        layers == 0 ? "" : fmt::format(" of {} layer{}", layers, layers == 1 ? "" : "s")));
   }
   for (const Garbage& item : report->items) {
     Print(fmt::format("{} {}: {}\n", arguments.dry_run ? "would remove" : "removed", item.path,
                       item.why));
   }
-  Print(fmt::format("{} {}, {}\n", report->items.size(),
-                    arguments.dry_run ? "would be removed" : "removed",
-                    HumanBytes(report->bytes) + (arguments.dry_run ? " would be freed" : " freed")));
+  Print(fmt::format(
+      "{} {}, {}\n", report->items.size(), arguments.dry_run ? "would be removed" : "removed",
+      HumanBytes(report->bytes) + (arguments.dry_run ? " would be freed" : " freed")));
   return kExitSuccess;
 }
 
@@ -134,7 +134,8 @@ Action ConfigureLog(CLI::App& app) {
   app.add_flag("--json", arguments->json, "One JSON object on stdout");
   app.footer(
       "\nOldest first: id, when, after which, how much was written of how much memory, and what\n"
-      "removing this directory alone would free on disk (files shared by hard link free nothing).\n");
+      "removing this directory alone would free on disk (files shared by hard link free "
+      "nothing).\n");
   return [arguments](const Invocation&) { return RunLog(*arguments); };
 }
 
@@ -146,7 +147,8 @@ Action ConfigureRemove(CLI::App& app) {
       ->option_text("DIR");
   app.add_flag("--json", arguments->json, "One JSON object on stdout");
   app.footer(
-      "\nNo other image and no program needs a removed one. It is gone by one rename; anything that\n"
+      "\nNo other image and no program needs a removed one. It is gone by one rename; anything "
+      "that\n"
       "is not an image directory, or is in use by a command, is refused.\n");
   return [arguments](const Invocation&) { return RunRemove(*arguments); };
 }
@@ -162,8 +164,10 @@ Action ConfigureCollect(CLI::App& app) {
   app.add_flag("--json", arguments->json, "One JSON object on stdout");
   app.footer(
       "\nRemoves what killed commands left (NAME.partial-XXXXXX that nobody holds, unfinished\n"
-      "repairs), what restores unpacked of packed images (.NAME.unpacked-BOOT) and layer files that\n"
-      "the manifest beside them does not name; says what it keeps: each image, and what is in use.\n"
+      "repairs), what restores unpacked of packed images (.NAME.unpacked-BOOT) and layer files "
+      "that\n"
+      "the manifest beside them does not name; says what it keeps: each image, and what is in "
+      "use.\n"
       "Images are never removed: that is 'unmoor rm'.\n");
   return [arguments](const Invocation&) { return RunCollect(*arguments); };
 }

@@ -22,16 +22,16 @@ struct PackArguments {
 };
 
 double Ratio(const PackReport& report) {
-  return report.packed.value == 0 ? 1
-                                  : static_cast<double>(report.pages.value) /
-                                        static_cast<double>(report.packed.value);
+  return report.packed.value == 0
+             ? 1
+             : static_cast<double>(report.pages.value) / static_cast<double>(report.packed.value);
 }
 
 // Of pages, while packing or unpacking; without the flush to disk behind it.
 Bytes Rate(const PackReport& report) {
   const double seconds = static_cast<double>(report.working.value) / 1e9;
-  return Bytes(static_cast<uint64_t>(
-      seconds > 0 ? static_cast<double>(report.pages.value) / seconds : 0));
+  return Bytes(
+      static_cast<uint64_t>(seconds > 0 ? static_cast<double>(report.pages.value) / seconds : 0));
 }
 
 int PrintReport(const PackReport& report, const char* verb, bool json) {
@@ -45,11 +45,12 @@ int PrintReport(const PackReport& report, const char* verb, bool json) {
                {"elapsed_ns", report.elapsed.value}});
     return kExitSuccess;
   }
-  Print(fmt::format("{} {}: {} layer{}, {} of pages, {} packed (1 : {:.2f}), in {} ({}/s, the rest "
-                    "is the disk)\n",
-                    verb, report.directory, report.layers, report.layers == 1 ? "" : "s",
-                    HumanBytes(report.pages), HumanBytes(report.packed), Ratio(report),
-                    HumanTime(report.elapsed), HumanBytes(Rate(report))));
+  Print(
+      fmt::format("{} {}: {} layer{}, {} of pages, {} packed (1 : {:.2f}), in {} ({}/s, the rest "
+                  "is the disk)\n",
+                  verb, report.directory, report.layers, report.layers == 1 ? "" : "s",
+                  HumanBytes(report.pages), HumanBytes(report.packed), Ratio(report),
+                  HumanTime(report.elapsed), HumanBytes(Rate(report))));
   return kExitSuccess;
 }
 
@@ -57,9 +58,8 @@ int RunPack(const PackArguments& arguments) {
   const auto compression = ParseCompression(arguments.compression);
   if (!compression) return Report(compression.error(), arguments.json);
   ProgressBar bar("pack", arguments.json);
-  const auto report =
-      PackDirectory(arguments.directory, arguments.target(), *compression,
-                    [&](Bytes done, Bytes total) { bar.Show(done, total); });
+  const auto report = PackDirectory(arguments.directory, arguments.target(), *compression,
+                                    [&](Bytes done, Bytes total) { bar.Show(done, total); });
   bar.Clear();
   if (!report) return Report(report.error(), arguments.json);
   return PrintReport(*report, "packed", arguments.json);
@@ -93,9 +93,11 @@ Action ConfigurePack(CLI::App& app) {
                  "How: lz4 (default), lz4:1 to lz4:12, zstd (zstd:3), zstd:1 to zstd:19")
       ->option_text("lz4|zstd[:LEVEL]");
   app.footer(
-      "\nThe page images become compressed files, in 2 MiB frames, on all cores; each block is held\n"
+      "\nThe page images become compressed files, in 2 MiB frames, on all cores; each block is "
+      "held\n"
       "against its hash before. DIR (or OUT) is the plain or the packed image, complete, at any\n"
-      "moment. 'unmoor restore' unpacks beside DIR, but for --mode lazy and eager, which read it as\n"
+      "moment. 'unmoor restore' unpacks beside DIR, but for --mode lazy and eager, which read it "
+      "as\n"
       "it is; 'unmoor unpack' makes of it what it was.\n");
   return [arguments](const Invocation&) { return RunPack(*arguments); };
 }
@@ -105,7 +107,8 @@ Action ConfigureUnpack(CLI::App& app) {
   SetUsage(app, "Usage: unmoor unpack DIR [OUT] [--json]");
   AddOptions(app, *arguments);
   app.footer(
-      "\nThe page images as they were, holes kept, each block held against its hash on the way. DIR\n"
+      "\nThe page images as they were, holes kept, each block held against its hash on the way. "
+      "DIR\n"
       "(or OUT) is the packed or the plain image, complete, at any moment.\n");
   return [arguments](const Invocation&) { return RunUnpack(*arguments); };
 }

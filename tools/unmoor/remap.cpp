@@ -31,16 +31,12 @@ constexpr char kFooter[] =
     "\nExit codes: 0 independent, 1 the machine failed, 2 wrong use.\n";
 
 nlohmann::json ToJson(const RemapReport& report) {
-  return {{"total_bytes", report.total.value},
-          {"done_bytes", report.done.value},
-          {"dropped_bytes", report.dropped.value},
-          {"windows", report.windows},
-          {"guarded_windows", report.guarded},
-          {"aborted_windows", report.aborted},
-          {"verified_bytes", report.verified.value},
-          {"longest_pause_ns", report.longest_pause.value},
-          {"elapsed_ns", report.elapsed.value},
-          {"bytes_per_second", report.copy_rate}};
+  return {
+      {"total_bytes", report.total.value},       {"done_bytes", report.done.value},
+      {"dropped_bytes", report.dropped.value},   {"windows", report.windows},
+      {"guarded_windows", report.guarded},       {"aborted_windows", report.aborted},
+      {"verified_bytes", report.verified.value}, {"longest_pause_ns", report.longest_pause.value},
+      {"elapsed_ns", report.elapsed.value},      {"bytes_per_second", report.copy_rate}};
 }
 
 int RunRemap(const RemapArguments& arguments) {

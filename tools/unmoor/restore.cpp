@@ -74,13 +74,15 @@ Result<RestoreOptions> ToOptions(const RestoreArguments& arguments, const Invoca
     return UserError("--mode eager maps nothing, so --remap off means nothing there");
   }
   if (!options.agent.remap && options.mode == RestoreMode::kAuto) {
-    return UserError("--mode auto may choose one that maps nothing, so --remap off needs a --mode direct");
+    return UserError(
+        "--mode auto may choose one that maps nothing, so --remap off needs a --mode direct");
   }
   if (!options.agent.remap && options.mode == RestoreMode::kLazy) {
     return UserError("--mode lazy maps nothing, so --remap off means nothing there");
   }
   if (arguments.record && options.mode != RestoreMode::kDirect) {
-    return UserError("--record sees what is touched while it is mapped, so only under --mode direct");
+    return UserError(
+        "--record sees what is touched while it is mapped, so only under --mode direct");
   }
   if (!arguments.record_time.empty() && !arguments.record) {
     return UserError("--record-time says how long --record is to record");
@@ -97,17 +99,13 @@ Result<RestoreOptions> ToOptions(const RestoreArguments& arguments, const Invoca
 void PrintReport(const RestoreReport& report) {
   nlohmann::json tasks = nlohmann::json::array();
   for (const Pid pid : report.tasks) tasks.push_back(pid.value);
-  nlohmann::json object = {{"pid", report.root.value},
-                           {"mode", ToString(report.mode)},
-                           {"tasks", std::move(tasks)},
-                           {"mapped_bytes", report.mapped.value},
-                           {"layer_bytes", report.data.value},
-                           {"loaded_bytes", report.loaded.value},
-                           {"mappings", report.mappings},
-                           {"prefetched_bytes", report.prefetched.value},
-                           {"criu_ns", report.criu_time.value},
-                           {"criu_waited", report.criu_waited},
-                           {"elapsed_ns", report.elapsed.value}};
+  nlohmann::json object = {
+      {"pid", report.root.value},          {"mode", ToString(report.mode)},
+      {"tasks", std::move(tasks)},         {"mapped_bytes", report.mapped.value},
+      {"layer_bytes", report.data.value},  {"loaded_bytes", report.loaded.value},
+      {"mappings", report.mappings},       {"prefetched_bytes", report.prefetched.value},
+      {"criu_ns", report.criu_time.value}, {"criu_waited", report.criu_waited},
+      {"elapsed_ns", report.elapsed.value}};
   if (report.unpacked) {
     object["unpacked_into"] = report.unpacked->directory;
     object["unpacked_bytes"] = report.unpacked->pages.value;
@@ -146,10 +144,10 @@ void TellUnpacked(const UnpackedCache& cache, const std::string& directory) {
       cache.reused
           ? fmt::format("{} is packed; restored from {}, unpacked before\n", directory,
                         cache.directory)
-          : fmt::format("{} is packed; unpacked {} into {} in {}, and restored from there "
-                        "('unmoor gc' removes it)\n",
-                        directory, HumanBytes(cache.pages), cache.directory,
-                        HumanTime(cache.elapsed));
+          : fmt::format(
+                "{} is packed; unpacked {} into {} in {}, and restored from there "
+                "('unmoor gc' removes it)\n",
+                directory, HumanBytes(cache.pages), cache.directory, HumanTime(cache.elapsed));
   std::fputs(text.c_str(), stderr);
 }
 
@@ -196,8 +194,10 @@ int RunRestore(const RestoreArguments& arguments, const Invocation& invocation) 
   if (unpacked && !arguments.json) TellUnpacked(*unpacked, arguments.directory);
   if (arguments.record) {
     record.tasks = program->report().tasks;
-    // Of a packed image in its unpacked form, as what is mapped: there the next restore looks for it.
-    record.directory = RealPath(unpacked ? unpacked->directory : options->directory).value_or(options->directory);
+    // Of a packed image in its unpacked form, as what is mapped: there the next restore looks for
+    // it.
+    record.directory =
+        RealPath(unpacked ? unpacked->directory : options->directory).value_or(options->directory);
     Record(record);
   }
   if (const std::string& why = program->report().why_mode; !why.empty() && !arguments.json) {

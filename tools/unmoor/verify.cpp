@@ -24,12 +24,14 @@ struct VerifyArguments {
 constexpr char kFooter[] =
     "\nChecks everything that has a checksum: manifest, indexes, every 64 KiB of pages; and that\n"
     "CRIU's own files, which have none, can be read and are of the right length. All damage is\n"
-    "told, with the task and addresses it concerns. --repair-from writes a damaged layer anew from\n"
+    "told, with the task and addresses it concerns. --repair-from writes a damaged layer anew "
+    "from\n"
     "what DIR and DIR2 still have of it; the file is replaced only when all of it is right.\n"
     "\nExamples:\n"
     "  unmoor verify /var/tmp/image\n"
     "  unmoor verify /var/tmp/image --repair-from /mnt/backup/image\n"
-    "\nExit codes: 0 sound, or all of it repaired; 3 damaged; 1 the machine failed, 2 wrong use, no\n"
+    "\nExit codes: 0 sound, or all of it repaired; 3 damaged; 1 the machine failed, 2 wrong use, "
+    "no\n"
     "image.\n";
 
 nlohmann::json ToJson(const std::vector<Damage>& damages) {
@@ -126,8 +128,8 @@ Action ConfigureVerify(CLI::App& app) {
   app.add_option("dir,-D,--images-dir", arguments->directory, "The image directory")
       ->required()
       ->option_text("DIR");
-  const auto quick = app.add_flag("--quick", arguments->quick,
-                                  "Manifest and indexes only; pages are not read");
+  const auto quick =
+      app.add_flag("--quick", arguments->quick, "Manifest and indexes only; pages are not read");
   app.add_flag("--deep", arguments->deep,
                "Packed layers: decompress every frame and hold its pages against their hashes")
       ->excludes(quick);

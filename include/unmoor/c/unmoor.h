@@ -41,12 +41,7 @@ typedef struct unmoor_error {
   int32_t errnum;     /* 0: none */
   char message[1024]; /* one line, cut off where it is longer */
 } unmoor_error;
-#define UNMOOR_ERROR_INIT         \
-  {                               \
-    sizeof(unmoor_error), 0, 0, { \
-      0                           \
-    }                             \
-  }
+#define UNMOOR_ERROR_INIT {sizeof(unmoor_error), 0, 0, {0}}
 
 /* "0.1.0": of the library that is loaded. */
 const char* unmoor_version(void);
@@ -67,8 +62,7 @@ typedef struct unmoor_report {
   uint64_t written_bytes;
   uint64_t shared_bytes;
 } unmoor_report;
-#define UNMOOR_REPORT_INIT \
-  { sizeof(unmoor_report), {0}, 0, 0, 0, 0 }
+#define UNMOOR_REPORT_INIT {sizeof(unmoor_report), {0}, 0, 0, 0, 0}
 
 #define UNMOOR_WRITE_REPLACE 1u /* replace an image that is there */
 #define UNMOOR_WRITE_NO_SYNC 2u /* do not wait for the disk */
@@ -101,8 +95,7 @@ typedef struct unmoor_image_range {
   int32_t protection;
   uint64_t data_bytes;
 } unmoor_image_range;
-#define UNMOOR_IMAGE_RANGE_INIT \
-  { sizeof(unmoor_image_range), 0, 0, 0, 0 }
+#define UNMOOR_IMAGE_RANGE_INIT {sizeof(unmoor_image_range), 0, 0, 0, 0}
 
 int unmoor_image_open(const char* dir, uint32_t flags, unmoor_image** image, unmoor_error* error);
 const char* unmoor_image_directory(const unmoor_image* image);
@@ -127,8 +120,7 @@ typedef struct unmoor_mapped_range {
   unmoor_memory memory;
   int32_t protection;
 } unmoor_mapped_range;
-#define UNMOOR_MAPPED_RANGE_INIT \
-  { sizeof(unmoor_mapped_range), 0, {NULL, 0}, 0 }
+#define UNMOOR_MAPPED_RANGE_INIT {sizeof(unmoor_mapped_range), 0, {NULL, 0}, 0}
 
 int unmoor_map_create(const unmoor_image* image, uint32_t flags, unmoor_map** map,
                       unmoor_error* error);
@@ -195,7 +187,7 @@ typedef struct unmoor_remap_options {
   unmoor_tracker* tracker;
 } unmoor_remap_options;
 #define UNMOOR_REMAP_OPTIONS_INIT \
-  { sizeof(unmoor_remap_options), 0, 0, 0, 0.0, 0, 0, 0, 0, 0, NULL, NULL, NULL }
+  {sizeof(unmoor_remap_options), 0, 0, 0, 0.0, 0, 0, 0, 0, 0, NULL, NULL, NULL}
 
 /* Never gets more members. */
 typedef struct unmoor_remap_range {
@@ -218,12 +210,7 @@ typedef struct unmoor_progress {
   uint64_t writers_waited_ns;
   char reason[512];
 } unmoor_progress;
-#define UNMOOR_PROGRESS_INIT                                    \
-  {                                                             \
-    sizeof(unmoor_progress), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { \
-      0                                                         \
-    }                                                           \
-  }
+#define UNMOOR_PROGRESS_INIT {sizeof(unmoor_progress), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, {0}}
 
 /* `options` may be null. */
 int unmoor_remapper_start(const unmoor_map* map, const unmoor_remap_options* options,
@@ -248,12 +235,7 @@ typedef struct unmoor_process_status {
   uint64_t direct_mapped_bytes;
   char reason[512];
 } unmoor_process_status;
-#define UNMOOR_PROCESS_STATUS_INIT         \
-  {                                        \
-    sizeof(unmoor_process_status), 0, 0, { \
-      0                                    \
-    }                                      \
-  }
+#define UNMOOR_PROCESS_STATUS_INIT {sizeof(unmoor_process_status), 0, 0, {0}}
 
 int unmoor_query_status(unmoor_process_status* status, unmoor_error* error);
 
@@ -267,8 +249,7 @@ typedef struct unmoor_checkpoint_options {
   const void* user_data;
   size_t user_data_length;
 } unmoor_checkpoint_options;
-#define UNMOOR_CHECKPOINT_OPTIONS_INIT \
-  { sizeof(unmoor_checkpoint_options), 0, NULL, NULL, NULL, 0 }
+#define UNMOOR_CHECKPOINT_OPTIONS_INIT {sizeof(unmoor_checkpoint_options), 0, NULL, NULL, NULL, 0}
 
 /* `options` and `report` may be null. */
 int unmoor_checkpoint(const unmoor_memory* ranges, size_t count, const char* dir,

@@ -27,7 +27,7 @@ namespace {
 constexpr size_t kSpareMaps = 64;  // what the remap may need for itself
 constexpr std::string_view kRing = "anon_inode:[io_uring]";
 constexpr Nanos kPinCheckInterval(50'000'000);
-constexpr Nanos kPatience(8'000'000'000);  // for threads that do not come to rest
+constexpr Nanos kPatience(8'000'000'000);      // for threads that do not come to rest
 constexpr int64_t kLongestStop = 250'000'000;  // ns; of one window in vain
 constexpr int64_t kRestAfterVain = 3;          // times as long as the window took
 constexpr int kPlanAttempts = 1000;
@@ -750,9 +750,9 @@ WindowPiece LocalCarrier::PieceOf(size_t index, VaddrRange range) const {
           static_cast<uint32_t>(area.prot)};
 }
 
-// In ns. Three quarters of the pause for the threads to come, the rest for recheck and swap. A machine
-// under load may not get every thread onto a core that soon; rather than never finishing, the time
-// grows.
+// In ns. Three quarters of the pause for the threads to come, the rest for recheck and swap. A
+// machine under load may not get every thread onto a core that soon; rather than never finishing,
+// the time grows.
 int64_t LocalCarrier::StopLimit() const {
   const int64_t first = options_.max_pause.value * 3 / 4;
   return std::max(first, std::min(kLongestStop, first << std::min(lateness_ / 2, 12)));
@@ -776,9 +776,9 @@ Result<SwapOutcome> LocalCarrier::Swap(std::span<const Piece> pieces, PageCount 
     UNMOOR_ASSIGN(const SwapOutcome outcome, SwapGuardedPieces(guarded_pieces_, dirty_limit));
     if (outcome.result != SwapResult::kSwapped || frozen_pieces_.empty()) return outcome;
   }
-  const WindowResult result = SwapFrozen(
-      share_->watcher().fds(), frozen_pieces_.data(), static_cast<uint32_t>(frozen_pieces_.size()),
-      dirty_limit.value, StopLimit(), *room_);
+  const WindowResult result = SwapFrozen(share_->watcher().fds(), frozen_pieces_.data(),
+                                         static_cast<uint32_t>(frozen_pieces_.size()),
+                                         dirty_limit.value, StopLimit(), *room_);
   auto outcome = Conclude(result);
   if (outcome && result.skipped && outcome->result == SwapResult::kSwapped) {
     for (const WindowPiece& piece : frozen_pieces_) {

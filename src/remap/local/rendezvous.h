@@ -73,8 +73,8 @@ struct SleepingCall {
 };
 // Of the program, asleep or not.
 uint32_t CountThreads(int task_fd);
-// Calls `visit` for each thread of the program that sleeps in a system call. What it waits for there
-// may as well be a lock: unless it is the only thread, it can be back before `visit` is.
+// Calls `visit` for each thread of the program that sleeps in a system call. What it waits for
+// there may as well be a lock: unless it is the only thread, it can be back before `visit` is.
 void ForEachSleeping(int task_fd, void (*visit)(void* context, const SleepingCall& call),
                      void* context);
 // After HoldReturns: until each thread has come or been visited asleep, within the limit. Whoever

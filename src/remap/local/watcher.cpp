@@ -116,8 +116,8 @@ bool Watcher::IsOfThisProcess() const {
   return owner_ == OwnPid().value;
 }
 
-// Not while a range is being moved over: a window takes the range's registration away first, lest it
-// wait for an event of its own.
+// Not while a range is being moved over: a window takes the range's registration away first, lest
+// it wait for an event of its own.
 Result<> Watcher::Watch(VaddrRange range) {
   locks.address_space.Acquire();
   const long error = WatchMemory(uffd_.get(), range.begin.value, range.end.value);

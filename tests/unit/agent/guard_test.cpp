@@ -149,7 +149,7 @@ class Subject {
   }
 
   void AddNullChecks(const PageImage& image) {
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = OnNullCheck;
     action.sa_flags = SA_SIGINFO | SA_NODEFER;
     ::sigaction(SIGSEGV, &action, nullptr);
@@ -165,7 +165,7 @@ class Subject {
 
   // One thread gets numbered signals from another while it works, each exactly once and in order.
   void AddNumberedSignals(const PageImage& image) {
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = OnNumberedSignal;
     action.sa_flags = SA_SIGINFO | SA_RESTART;
     ::sigaction(SIGRTMIN + 3, &action, nullptr);
@@ -182,7 +182,7 @@ class Subject {
       while (!receiving_) ::sched_yield();
       while (signals_.go == 0) {
         if (sent_ - g_signals_seen > 100) continue;
-        union sigval number {};
+        union sigval number{};
         number.sival_int = static_cast<int>(sent_.load());
         sent_.fetch_add(1);
         Expect(::pthread_sigqueue(receiver_, SIGRTMIN + 3, number) == 0, "sigqueue");

@@ -63,7 +63,8 @@ PageImage MakeLayer(const std::string& directory, uint64_t pages) {
   for (uint64_t page = 0; page < pages && ok; ++page) {
     if (page % 8 == 7) continue;
     std::ranges::fill(words, ImageWord(page));
-    ok = writer->Write(1, begin + Bytes(page * kPageSize), std::as_bytes(std::span(words))).has_value();
+    ok = writer->Write(1, begin + Bytes(page * kPageSize), std::as_bytes(std::span(words)))
+             .has_value();
   }
   const auto info = ok ? writer->Finish(false) : Result<LayerInfo>();
   if (!ok || !info || info->extents.front().offset != FileOffset(0)) std::abort();

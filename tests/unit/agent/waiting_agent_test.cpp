@@ -74,7 +74,9 @@ TEST_F(WaitingAgentTest, OneTaskThatCannotBeGuardedLeavesNoAgentAndNothingRunnin
 }
 
 TEST_F(WaitingAgentTest, NotNeededItEnds) {
-  { const WaitingAgent agent = Begin(4); }
+  {
+    const WaitingAgent agent = Begin(4);
+  }
   EXPECT_TRUE(WaitUntil([&] { return FindProcesses("unmoor-agent").empty(); }));
 }
 

@@ -353,14 +353,14 @@ TEST(Layer, LayerOfAnotherCheckpointIsRefused) {
 // A file-size limit stands for the full disk: writing fails in the middle.
 TEST(Layer, FailedWriteIsReportedAndNothingHangs) {
   const TemporaryDirectory dir;
-  struct rlimit before {};
+  struct rlimit before{};
   ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &before), 0);
   ::signal(SIGXFSZ, SIG_IGN);
   const VaddrRange vma = Pages(0x7f0000000000, 16384);
   auto writer = LayerWriter::Create(dir.path(), kTestLayerId);
   ASSERT_OK(writer);
   ASSERT_OK(writer->AddTask(1, std::vector{vma}));
-  const struct rlimit low { size_t{8} << 20, before.rlim_max };
+  const struct rlimit low{size_t{8} << 20, before.rlim_max};
   ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &low), 0);
   const auto pages = PageContents(1, vma.begin, 16384);
   const auto written = writer->Write(1, vma.begin, pages);

@@ -1,5 +1,5 @@
-// Packed layers and directories: what comes out is what went in; no damage, no full disk and no kill
-// at any moment leaves less than one whole image.
+// Packed layers and directories: what comes out is what went in; no damage, no full disk and no
+// kill at any moment leaves less than one whole image.
 #include <fcntl.h>
 #include <gtest/gtest.h>
 
@@ -50,10 +50,10 @@ void Put(const std::string& path, std::string_view bytes) {
   ASSERT_OK(WriteFile(path, bytes));
 }
 
-// A layer with frames of every kind: full, sparse, incompressible, and pages of zeros inside segments.
+// A layer with frames of every kind: full, sparse, incompressible, and pages of zeros inside
+// segments.
 Result<LayerInfo> MakeLayer(const std::string& directory, const std::string& id, ZeroPages zeros) {
-  UNMOOR_ASSIGN(LayerWriter writer,
-                LayerWriter::Create(directory, id, WriteBack::kLater, zeros));
+  UNMOOR_ASSIGN(LayerWriter writer, LayerWriter::Create(directory, id, WriteBack::kLater, zeros));
   const std::vector<VaddrRange> vmas = {Pages(0x7f0000123000, 40), Pages(0x7f0000800000, 1200)};
   std::mt19937_64 random(4711);
   for (const uint32_t task : {7u, 8u}) {
@@ -251,8 +251,8 @@ TEST_F(Packed, AFrameWithOtherContentsIsNotUnpackedThoughItsChecksumIsRight) {
   ASSERT_NE(raw, heads.end());
   forged[raw->place + packed_format::kHeadSize + 77] ^= 1;
   const auto bytes = std::as_bytes(std::span(forged));
-  raw->checksum = index_format::Checksum(
-      bytes.subspan(raw->place + packed_format::kHeadSize, raw->stored));
+  raw->checksum =
+      index_format::Checksum(bytes.subspan(raw->place + packed_format::kHeadSize, raw->stored));
   const auto head = packed_format::EncodeHeads({&*raw, 1});
   std::memcpy(&forged[raw->place], head.data(), head.size());
   const auto table = packed_format::EncodeHeads(heads);
@@ -313,7 +313,8 @@ TEST(CompressionWords, AreReadAndRefused) {
   EXPECT_EQ(ToString(*ParseCompression("lz4:9")), "lz4:9");
   EXPECT_EQ(ToString(*ParseCompression("zstd")), "zstd:3");
   EXPECT_EQ(ToString(*ParseCompression("zstd:1")), "zstd:1");
-  for (const char* wrong : {"", "gzip", "lz4:", "lz4:13", "zstd:0", "zstd:20", "zstd:3x", "lz4:-1"}) {
+  for (const char* wrong :
+       {"", "gzip", "lz4:", "lz4:13", "zstd:0", "zstd:20", "zstd:3x", "lz4:-1"}) {
     EXPECT_FALSE(ParseCompression(wrong)) << wrong;
   }
 }
@@ -324,8 +325,8 @@ TEST(DISABLED_PackedFaults, Pack) {
                           kLz4, {}));
 }
 TEST(DISABLED_PackedFaults, Unpack) {
-  ASSERT_OK(UnpackDirectory(std::string(std::getenv("UNMOOR_TEST_DIR")) + "/image", std::nullopt,
-                            {}));
+  ASSERT_OK(
+      UnpackDirectory(std::string(std::getenv("UNMOOR_TEST_DIR")) + "/image", std::nullopt, {}));
 }
 TEST(DISABLED_PackedFaults, Cache) {
   ASSERT_OK(UnpackForRestore(std::string(std::getenv("UNMOOR_TEST_DIR")) + "/image", {}));
@@ -343,7 +344,8 @@ TEST_F(Packed, KilledOrFailedAtAnyPointOneWholeImageIsLeft) {
         const int status = RunHiddenTest("DISABLED_PackedFaults." + std::string(test),
                                          point + action, directory_.path());
         ASSERT_NE(status, 0) << "the fault point was not passed";
-        ASSERT_EQ(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL, action == std::string(":kill"));
+        ASSERT_EQ(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL,
+                  action == std::string(":kill"));
         ExpectWhole(pages);
         // The next command removes what was left, and does what it has to.
         if (IsPacked(image(), *ReadManifest(image()))) {
@@ -366,8 +368,8 @@ TEST_F(Packed, KilledOrFailedAtAnyPointOneWholeImageIsLeft) {
 TEST_F(Packed, KilledWhileUnpackingForARestoreTheImageIsUntouched) {
   ASSERT_OK(PackDirectory(image(), std::nullopt, kLz4, {}));
   const std::string packed = Contents(Packed_());
-  for (const char* point : {"unpack.frame", "cache.before_publish", "publish.before_rename",
-                            "publish.after_rename"}) {
+  for (const char* point :
+       {"unpack.frame", "cache.before_publish", "publish.before_rename", "publish.after_rename"}) {
     SCOPED_TRACE(point);
     const int status = RunHiddenTest("DISABLED_PackedFaults.Cache", std::string(point) + ":kill",
                                      directory_.path());

@@ -76,7 +76,8 @@ TEST_F(VerifiedBlocksTest, ReadAheadAreWhatWasChecked) {
   ASSERT_TRUE(source.StartReaders());
   const std::vector<BlockName> next = {BlockAt(0, At(0)), BlockAt(0, At(1)), BlockAt(0, At(3))};
   source.Expect(next);
-  while (!source.IsReadAhead(next.back())) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  while (!source.IsReadAhead(next.back()))
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   for (size_t block = 0; block < kBlocks; ++block) Damage(block);
   EXPECT_TRUE(Is(source.Block(0, At(0)), 0));
   EXPECT_FALSE(source.Block(0, At(2)));  // not among them
@@ -89,7 +90,8 @@ TEST_F(VerifiedBlocksTest, DamagedOnesReadAheadAreToldWhenAskedFor) {
   Damage(0);
   const std::vector<BlockName> next = {BlockAt(0, At(0)), BlockAt(0, At(1))};
   source.Expect(next);
-  while (!source.IsReadAhead(next.back())) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  while (!source.IsReadAhead(next.back()))
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   EXPECT_FALSE(source.Block(0, At(0)));
   EXPECT_TRUE(Is(source.Block(0, At(1)), 1));
 }
@@ -99,7 +101,8 @@ TEST_F(VerifiedBlocksTest, AreForgottenWhenTheReadersStop) {
   ASSERT_TRUE(source.StartReaders());
   const std::vector<BlockName> next = {BlockAt(0, At(0))};
   source.Expect(next);
-  while (!source.IsReadAhead(next.back())) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  while (!source.IsReadAhead(next.back()))
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   source.StopReaders();
   EXPECT_FALSE(source.IsReadAhead(next.back()));
   EXPECT_TRUE(Is(source.Block(0, At(1)), 1));
@@ -215,7 +218,8 @@ TEST_F(PackedBlocksTest, FramesAreReadAheadAndTheirBlocksAreComingMeanwhile) {
   ASSERT_TRUE(source.StartReaders());
   source.Expect(next);
   while (source.IsComing(next.back())) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  while (!source.IsReadAhead(next.back())) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  while (!source.IsReadAhead(next.back()))
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   EXPECT_FALSE(source.IsComing(next.back()));
   EXPECT_TRUE(source.IsReadAhead(next.front()));
   EXPECT_FALSE(source.IsReadAhead(BlockAt(0, At(6, 0))));
@@ -229,7 +233,8 @@ TEST_F(PackedBlocksTest, ADamagedFrameIsToldWithFileAndOffsetAndTheOthersCome) {
   Damage(2);
   const std::vector<BlockName> next = {BlockAt(0, At(2, 0)), BlockAt(0, At(3, 0))};
   source.Expect(next);
-  while (!source.IsReadAhead(next.back())) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  while (!source.IsReadAhead(next.back()))
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   const auto damaged = source.Block(0, At(2, 5));
   ASSERT_FALSE(damaged);
   EXPECT_NE(damaged.error().message().find(LayerPackedPath(directory_, kId) + " is damaged: "),
@@ -243,7 +248,8 @@ TEST_F(PackedBlocksTest, OfALayerCutShortTheFirstOnesCome) {
   const std::string path = LayerPackedPath(directory_, kId);
   const auto packed = PackedReader::Open(path, LayerIndexPath(directory_, kId), &entry_);
   ASSERT_TRUE(packed);
-  ASSERT_EQ(::truncate(path.c_str(), static_cast<off_t>(packed->FileRangeOf(5).begin.value) + 40), 0);
+  ASSERT_EQ(::truncate(path.c_str(), static_cast<off_t>(packed->FileRangeOf(5).begin.value) + 40),
+            0);
   EXPECT_TRUE(Is(source.Block(0, At(4, 0)), 4, 0));
   const auto missing = source.Block(0, At(5, 0));
   ASSERT_FALSE(missing);

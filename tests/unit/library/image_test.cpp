@@ -163,7 +163,9 @@ TEST(PageImage, MemoryIsGivenBackOnlyByTheMap) {
     EXPECT_EQ(ProtectionsOf(range), "");
     EXPECT_TRUE(map->ranges().empty());
   }
-  { const auto map = DirectMap::Map(*image); }
+  {
+    const auto map = DirectMap::Map(*image);
+  }
   EXPECT_EQ(ProtectionsOf(range), "");
   {
     auto map = DirectMap::Map(*image);

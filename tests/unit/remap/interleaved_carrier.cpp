@@ -46,8 +46,7 @@ Result<std::vector<Carrier::PlannedArea>> InterleavedCarrier::Plan() {
     vmas.push_back(vma);
   }
   std::vector<PlannedArea> areas;
-  for (Area& area : FindAreas(
-           vmas, [](const VmaInfo& vma) { return vma.inode != 0; }, dropped_)) {
+  for (Area& area : FindAreas(vmas, [](const VmaInfo& vma) { return vma.inode != 0; }, dropped_)) {
     PlannedArea planned{area, {}};
     ForEachPage(area.range, [&](int page) {
       if (machine_.scenario().image[static_cast<size_t>(page)] != 0) {

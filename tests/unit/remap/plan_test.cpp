@@ -43,8 +43,7 @@ RangeSet SetOf(std::initializer_list<VaddrRange> ranges) {
 }
 
 std::vector<Area> Find(const std::vector<VmaInfo>& vmas, const RangeSet& dropped = {}) {
-  return FindAreas(
-      vmas, [](const VmaInfo& vma) { return vma.inode != 0; }, dropped);
+  return FindAreas(vmas, [](const VmaInfo& vma) { return vma.inode != 0; }, dropped);
 }
 
 std::vector<VaddrRange> RangesOf(const std::vector<Area>& areas) {

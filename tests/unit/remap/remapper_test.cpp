@@ -264,8 +264,8 @@ TEST(RemapperPlans, WhatAPlanNamesTwiceIsSwappedOnce) {
   EXPECT_EQ(RunRemap(program, {}, [] {}, twice), "");
 }
 
-// The most that one window frees of areas of so many pages each, with pages of which the program wrote
-// the first `written`.
+// The most that one window frees of areas of so many pages each, with pages of which the program
+// wrote the first `written`.
 uint64_t MostFreed(const std::vector<uint64_t>& areas, uint64_t written) {
   Program program(std::vector<uint64_t>(areas.front(), 7000));
   uint64_t begin = kHigh;
@@ -277,10 +277,11 @@ uint64_t MostFreed(const std::vector<uint64_t>& areas, uint64_t written) {
     begin += pages + 512;
   }
   uint64_t most = 0;
-  EXPECT_EQ(RunRemap(program, {}, [] {},
-                     [&](SimulatedCarrier& carrier) {
-                       carrier.swapped = [&](uint64_t own) { most = std::max(most, own); };
-                     }),
+  EXPECT_EQ(RunRemap(
+                program, {}, [] {},
+                [&](SimulatedCarrier& carrier) {
+                  carrier.swapped = [&](uint64_t own) { most = std::max(most, own); };
+                }),
             "");
   return most;
 }

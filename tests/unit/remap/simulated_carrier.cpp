@@ -23,8 +23,7 @@ Result<std::vector<Carrier::PlannedArea>> SimulatedCarrier::Plan() {
   const auto vmas = program_.Vmas();
   yield_();
   areas_.clear();
-  for (Area& area : FindAreas(
-           vmas, [](const VmaInfo& vma) { return vma.inode != 0; }, dropped_)) {
+  for (Area& area : FindAreas(vmas, [](const VmaInfo& vma) { return vma.inode != 0; }, dropped_)) {
     (void)MirrorFor(area);
     PlannedArea planned{area, {}};
     const PageRange pages = ToPageRange(area.range);

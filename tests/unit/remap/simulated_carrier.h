@@ -29,7 +29,7 @@ class SimulatedCarrier final : public Carrier {
   std::function<bool()> refuses_to_stop;
   std::function<bool()> too_dirty;
   std::function<void(uint64_t)> swapped;  // told how many of the program's own pages it replaced
-  int plans_with_areas_twice = 0;  // as of a list of mappings torn between two reads
+  int plans_with_areas_twice = 0;         // as of a list of mappings torn between two reads
 
   Result<std::vector<PlannedArea>> Plan() override;
   Result<bool> HandleEvents() override;

@@ -155,7 +155,7 @@ TEST(Guard, AHandlerOfTheProgramsMayWriteAnywhere) {
     page = OnePage();
     own = OnePage();
     ::mprotect(own, kPage, PROT_READ);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_flags = SA_SIGINFO;
     action.sa_sigaction = [](int, siginfo_t*, void*) {
       *static_cast<volatile char*>(page) = 1;
@@ -213,7 +213,7 @@ TEST(Guard, AFaultThatComesLateIsTriedAgain) {
     if (!watcher) return false;
     late_page = OnePage();
     if (local::EnsureFaultHandler() < 0) return false;
-    struct sigaction front {};
+    struct sigaction front{};
     front.sa_flags = SA_SIGINFO;
     front.sa_sigaction = [](int signal, siginfo_t* info, void* context) {
       ::mprotect(late_page, kPage, PROT_READ | PROT_WRITE);

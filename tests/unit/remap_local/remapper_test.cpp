@@ -236,7 +236,9 @@ TEST_F(Remapper, CancelKeepsWhatIsDoneAndAnotherFinishes) {
   const auto progress = remapper.progress();
   EXPECT_EQ(progress.status, RemapStatus::kLater);
   EXPECT_LT(progress.done_bytes, size());
-  { BackgroundRemapper ended = std::move(remapper); }
+  {
+    BackgroundRemapper ended = std::move(remapper);
+  }
   ASSERT_TRUE(Start().Wait(kLimit).ok());
   EXPECT_EQ(MappingsIn(memory(), size()) > 0, true);
   ExpectPattern(0, size());
