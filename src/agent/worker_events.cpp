@@ -47,8 +47,6 @@ constexpr Bytes kConvertWhole(uint64_t{64} << 20);
 constexpr int kPlansBeforeLargeAreas = 50;
 constexpr int kEventsAtOnce = 16;
 constexpr int kBlindLooks = 20;
-constexpr Nanos kChildOfKnown(10'000'000'000);
-constexpr Nanos kChildOfSomebody(300'000'000);
 constexpr Nanos kSettleLimit(10'000'000'000);
 constexpr Nanos kSettlePause(1'000'000);
 
@@ -514,14 +512,13 @@ Result<> Worker::KnowChildren() {
 // since. One that has ended already needs no agent. Without knowing the threads (the kernel may not
 // tell) any new child may be it, and one that has ended is waited for in vain.
 void Worker::FindForkedChild(Fd uffd, const ThreadCalls& calls) {
+  constexpr Nanos kLimit(100'000'000);
   std::vector<Pid> forking;
   for (const BlockedCall& call : calls.blocked) {
     if (call.waits_for_event && Forks(call)) forking.push_back(call.thread);
   }
-  // Known, it is in fork until it has got the CPU for it.
-  const Nanos limit = forking.empty() ? kChildOfSomebody : kChildOfKnown;
   const Nanos began = MonotonicNow();
-  while (MonotonicNow() - began < limit) {
+  while (MonotonicNow() - began < kLimit) {
     const bool born =
         std::ranges::any_of(forking, [&](Pid thread) { return !MayBeForking(pid_, thread); });
     std::vector<Pid> children;
