@@ -11,7 +11,7 @@ import struct
 import subprocess
 import time
 
-from harness import SOURCE, demand, exists, main, poll, reap
+from harness import SOURCE, Busy, demand, exists, main, poll, reap
 from store import DAMAGED, data_ranges, flip, layer_files, verify
 
 KILLED = -signal.SIGKILL
@@ -196,18 +196,28 @@ def write_working_set(image, ranges):
 
 
 def reorder(bench, point):
-    image = copy(bench)
-    pages, _ = layer_files(image)
-    parts = [(at, 64 << 10) for begin, end_ in data_ranges(pages) for at in range(begin, end_ - (64 << 10), 256 << 10)]
-    write_working_set(image, parts[::-1])
-    before = os.stat(pages).st_ino
-    bench.killed(point, "reorder", image)
+    # Where the disk has nothing but small holes just then, nothing lies better and the file stays.
+    for _ in range(8):
+        image = copy(bench)
+        pages, _ = layer_files(image)
+        parts = [(at, 64 << 10) for begin, end_ in data_ranges(pages)
+                 for at in range(begin, end_ - (64 << 10), 256 << 10)]
+        write_working_set(image, parts[::-1])
+        before = os.stat(pages).st_ino
+        outcome = bench.story.unmoor("reorder", image, expect=None, environment={"UNMOOR_FAULT": f"{point}:kill"})
+        if outcome.code == KILLED:
+            break
+        demand(outcome.code == 0, f"reorder passes {point}: {outcome}")
+        bench.story.unmoor("rm", image)
+    else:
+        raise Busy(f"the file system never placed it better: {outcome}")
     verify(bench.story, image)
     demand((os.stat(pages).st_ino == before) == (point != "reorder.after_rename"), "the old file or the new one")
     told = bench.story.unmoor("reorder", image, "--json").json()
     demand(len(entries(os.path.dirname(pages))) == 2, f"nothing is left of the first: {entries(os.path.dirname(pages))}")
     # Before the rename nothing had been done. Behind it there may be nothing to do.
-    demand(told["written_layers"] == 1 or point == "reorder.after_rename", f"it is done now: {told}")
+    no_better = told["extents_after"] == told["extents_before"]
+    demand(told["written_layers"] == 1 or no_better or point == "reorder.after_rename", f"it is done now: {told}")
     verify(bench.story, image)
     bench.story.unmoor("rm", image)
     bench.clean()
