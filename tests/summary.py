@@ -2,7 +2,7 @@
 """Sums up a CTest run from its JUnit files.
 
   summary.py late RESULTS.xml                            names of tests that only ran out of time
-  summary.py LEFTOVERS_EXIT_CODE RESULTS.xml [AGAIN.xml]
+  summary.py LEFTOVERS_EXIT_CODE SECONDS RESULTS.xml [AGAIN.xml]
 
 A test that ran out of time is run once more, alone, when the rest is done: AGAIN.xml. One that passes then is
 counted as passed and named with its first complaint. A test that failed in any other way is never run again.
@@ -71,7 +71,7 @@ def late(results):
 def main():
     if sys.argv[1] == "late":
         return late(sys.argv[2])
-    left_behind, results = sys.argv[1] != "0", sys.argv[2:]
+    left_behind, took, results = sys.argv[1] != "0", sys.argv[2], sys.argv[3:]
     passed, failed, skipped = [], [], []
     try:
         passed, failed, skipped = read(results[0])
@@ -97,7 +97,7 @@ def main():
         print(f"skipped {case.get('name')}: {reason}")
     if left_behind:
         print("FAILED nothing is left behind (see above)")
-    print(f"tests took {seconds:.0f} s")
+    print(f"tests took {took} s ({seconds:.0f} s one after the other)")
     failures = len(failed) + left_behind
     print(f"{len(passed)} passed, {failures} failed, {len(skipped)} skipped")
     return 1 if failures or not passed else 0
