@@ -179,15 +179,18 @@ Result<bool> Worker::DrainOldEvents() {
 // inside the program. Every thread of it is stopped.
 Result<> Worker::OverwriteImage(VaddrRange range) const {
   UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadMaps(pid_));
-  const std::vector<std::byte> zeros(size_t{1} << 20);
   for (const VmaInfo& vma : vmas) {
-    if (!MapsPageImage(vma)) continue;
-    const VaddrRange shown = vma.range.Intersect(range);
-    for (Vaddr at = shown.begin; at < shown.end;) {
-      const auto part = std::span(zeros).first(std::min(zeros.size(), (shown.end - at).value));
-      UNMOOR_TRY(ForceWriteMemory(pid_, at, part));
-      at = at + Bytes(part.size());
-    }
+    if (MapsPageImage(vma)) UNMOOR_TRY(WriteZeros(vma.range.Intersect(range)));
+  }
+  return {};
+}
+
+Result<> Worker::WriteZeros(VaddrRange range) const {
+  const std::vector<std::byte> zeros(std::min(size_t{1} << 20, range.size().value));
+  for (Vaddr at = range.begin; at < range.end;) {
+    const auto part = std::span(zeros).first(std::min(zeros.size(), (range.end - at).value));
+    UNMOOR_TRY(ForceWriteMemory(pid_, at, part));
+    at = at + Bytes(part.size());
   }
   return {};
 }
@@ -214,12 +217,7 @@ Result<> Worker::FindCuts() {
     if (!IsKnownImage(vma)) continue;
     // More of the image, or what the program gave back of it: an event tells when that goes.
     if (i + 1 < vmas.size() && vmas[i + 1].range.begin == vma.range.end) continue;
-    Area area;
-    area.inode = vma.inode;
-    area.dev_major = vma.dev_major;
-    area.dev_minor = vma.dev_minor;
-    area.file_vma = vma.range;
-    UNMOOR_ASSIGN(const ImageFile* file, FileOf(area));
+    UNMOOR_ASSIGN(const ImageFile* file, FileOf(vma));
     if (file->check.MoreFollows(vma.offset + vma.range.size())) cuts_.insert(vma.range.end.value);
   }
   return {};
@@ -233,8 +231,7 @@ Result<> Worker::InjectStopped(std::span<const VmaInfo> vmas) {
   AddAdvice(first, {helper.region, helper.region + Bytes(helper::kRegionSize)}, MADV_DONTFORK);
   UNMOOR_TRY(OpenTrackers(first));
   if (options_.guard == GuardPolicy::kFault) guard_.Begin(pid_, helper, stop_.threads());
-  UNMOOR_TRY(RegisterAreas(vmas));
-  return {};
+  return RegisterAreas(vmas);
 }
 
 // A helper whose worker died leaves by itself once its last list is done; one that does not is
@@ -251,7 +248,7 @@ Result<> Worker::WaitForEarlierHelpers() const {
       for (const HelperChild& helper : helpers) (void)SendSignal(helper.pid, SIGKILL);
     }
     if (MonotonicNow() - began > kStopLimit + kStopLimit) {
-      return AnotherAtWork(pid_);
+      return MachineError("an earlier helper in process {} does not end", pid_.value);
     }
     SleepFor(Nanos(1'000'000));
   }

@@ -137,6 +137,7 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<bool> StopAndInjectRestored(Nanos stop_limit);
   [[nodiscard]] Result<bool> DrainOldEvents();
   [[nodiscard]] Result<> OverwriteImage(VaddrRange range) const;
+  [[nodiscard]] Result<> WriteZeros(VaddrRange range) const;  // whatever its protection
   [[nodiscard]] Result<> ReplaceStopped();
   void KeepAnswers();
   [[nodiscard]] Result<> FindCuts();
@@ -172,6 +173,7 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<const Mirror*> MirrorFor(const Area& area);
   [[nodiscard]] const Mirror& MirrorOf(size_t area) const;
   [[nodiscard]] Result<ImageFile*> FileOf(const Area& area);
+  [[nodiscard]] Result<ImageFile*> FileOf(const VmaInfo& vma);
   [[nodiscard]] Result<Vaddr> MapOwned(Bytes length, uint64_t congruent_to, bool no_reserve);
   [[nodiscard]] Result<> RecordOwned(size_t slot);
   [[nodiscard]] Result<> FreeMirrors();

@@ -172,12 +172,13 @@ Result<> Worker::StopAndRead(HeldEvents& events, bool& changed) {
     UNMOOR_ASSIGN(const int64_t late, link_.Must(hold, "cannot stop the program's threads"));
     if (late == 0) return {};
     UNMOOR_ASSIGN(const bool waiting, WaitReadable(uffd_.get(), Nanos(0)));
-    const bool patient = !events.cut.empty() || !cuts_.empty() || !unreplaced_.empty();
+    const bool patient = !events.cut.empty() || !unreplaced_.empty();
     const Nanos limit = patient ? kLongestHoldForCut : hold_limit_;
     const Nanos held = MonotonicNow() - began;
     if (!waiting && held > limit) {
-      // One that has only not had the CPU yet will stop.
-      const bool starved = patient && held < kLongestHoldOfStarved &&
+      // One that has only not had the CPU yet will stop. For cuts of before, another is not waited
+      // for so long once more.
+      const bool starved = (patient || !cuts_.empty()) && held < kLongestHoldOfStarved &&
                            ReadThreadCalls(pid_).value_or(ThreadCalls()).runnable > 0;
       if (starved) continue;
       return Failure(Error(ErrorKind::kMachine, EAGAIN,
@@ -364,23 +365,13 @@ Result<> Worker::ZeroUnreplaced(std::span<const VaddrRange> given_back) {
 // Zeros in place of what the image has in `range` of its mapping.
 Result<> Worker::ZeroShown(const VmaInfo& vma, VaddrRange range) {
   const VaddrRange shown = vma.range.Intersect(range);
-  Area area;
-  area.inode = vma.inode;
-  area.dev_major = vma.dev_major;
-  area.dev_minor = vma.dev_minor;
-  area.file_vma = vma.range;
-  UNMOOR_ASSIGN(const ImageFile* file, FileOf(area));
+  UNMOOR_ASSIGN(const ImageFile* file, FileOf(vma));
   const auto offset = [&](Vaddr at) { return vma.offset + (at - vma.range.begin); };
   UNMOOR_ASSIGN(const std::vector<FileRange> data,
                 DataRanges(file->fd.get(), {offset(shown.begin), offset(shown.end)}, "page image"));
-  const std::vector<std::byte> zeros(size_t{1} << 20);
-  for (const FileRange& range : data) {
-    for (FileOffset at = range.begin; at < range.end;) {
-      const auto part = std::span(zeros).first(std::min(zeros.size(), (range.end - at).value));
-      UNMOOR_TRY(ForceWriteMemory(pid_, vma.range.begin + (at - vma.offset), part));
-      at = at + Bytes(part.size());
-    }
-  }
+  const auto address = [&](FileOffset at) { return vma.range.begin + (at - vma.offset); };
+  for (const FileRange& part : data)
+    UNMOOR_TRY(WriteZeros({address(part.begin), address(part.end)}));
   return {};
 }
 

@@ -234,6 +234,15 @@ Result<> Worker::CheckNoPinnedMemory() {
   return {};
 }
 
+Result<Worker::ImageFile*> Worker::FileOf(const VmaInfo& vma) {
+  Area area;
+  area.inode = vma.inode;
+  area.dev_major = vma.dev_major;
+  area.dev_minor = vma.dev_minor;
+  area.file_vma = vma.range;
+  return FileOf(area);
+}
+
 Result<Worker::ImageFile*> Worker::FileOf(const Area& area) {
   ImageFile& file = files_[{ToDevice(area.dev_major, area.dev_minor), area.inode}];
   if (!file.fd.valid()) {

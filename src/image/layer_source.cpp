@@ -84,8 +84,7 @@ Result<std::unique_ptr<LayerSource>> LayerSource::Open(const std::string& dir,
     UNMOOR_ASSIGN(LayerReader reader, LayerReader::Open(dir, entry));
     return Plain(std::move(reader));
   }
-  UNMOOR_ASSIGN(PackedReader reader, PackedReader::Open(LayerPackedPath(dir, entry.id),
-                                                        LayerIndexPath(dir, entry.id), &entry));
+  UNMOOR_ASSIGN(PackedReader reader, PackedReader::Open(dir, entry));
   return std::unique_ptr<LayerSource>(std::make_unique<PackedSource>(std::move(reader)));
 }
 

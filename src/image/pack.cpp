@@ -125,9 +125,7 @@ class Conversion {
   [[nodiscard]] Result<> UnpackAll(const std::vector<ManifestLayer>& layers, bool durable) {
     Prepare(layers);
     for (const ManifestLayer& layer : layers) {
-      UNMOOR_ASSIGN(const PackedReader packed,
-                    PackedReader::Open(LayerPackedPath(source_, layer.id),
-                                       LayerIndexPath(source_, layer.id), &layer));
+      UNMOOR_ASSIGN(const PackedReader packed, PackedReader::Open(source_, layer));
       UNMOOR_TRY(
           UnpackLayer(packed, LayerPagesPath(publisher_->path(), layer.id), durable, Work()));
       report_.pages += packed.size().content;

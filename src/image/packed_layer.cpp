@@ -241,6 +241,10 @@ Result<PackedReader> PackedReader::Open(const std::string& packed_path,
   return Open(std::move(*file), packed_path, std::move(index));
 }
 
+Result<PackedReader> PackedReader::Open(const std::string& dir, const ManifestLayer& entry) {
+  return Open(LayerPackedPath(dir, entry.id), LayerIndexPath(dir, entry.id), &entry);
+}
+
 Result<PackedReader> PackedReader::Open(Fd file, const std::string& name, LayerIndex index) {
   PackedReader reader;
   UNMOOR_TRY(reader.Load(std::move(file), name, std::move(index)));

@@ -45,6 +45,9 @@ class PackedReader {
   [[nodiscard]] static Result<PackedReader> Open(const std::string& packed_path,
                                                  const std::string& index_path,
                                                  const ManifestLayer* expected);
+  // The layer `entry` of the checkpoint in `dir`.
+  [[nodiscard]] static Result<PackedReader> Open(const std::string& dir,
+                                                 const ManifestLayer& entry);
   // For tests and fuzzing: any file and an index already read.
   [[nodiscard]] static Result<PackedReader> Open(Fd file, const std::string& name,
                                                  LayerIndex index);

@@ -80,8 +80,8 @@ class VerifiedBlocks {
   struct Place {
     std::span<std::byte> bytes;
     std::atomic<State> state = State::kFree;
-    std::atomic<uint64_t> turn =
-        0;           // when it was wanted: the wanted one with the least is read next
+    // When it was wanted: the wanted one with the least is read next.
+    std::atomic<uint64_t> turn = 0;
     BlockName name;  // of the piece; the owner's to set while free
   };
   // Of the owner's waiting for readers.
@@ -104,8 +104,8 @@ class VerifiedBlocks {
 
   const LayerSources& layers_;
   bool has_packed_ = false;
-  std::vector<std::unique_ptr<std::byte[]>>
-      memory_;  // of the places; not touched before it is used
+  // Of the places; not touched before it is used.
+  std::vector<std::unique_ptr<std::byte[]>> memory_;
   std::deque<Place> places_;
   LayerSource::Scratch scratch_;  // the owner's
   uint64_t turns_ = 0;

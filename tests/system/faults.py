@@ -404,7 +404,8 @@ def id_of_a_group(story):
     story.wait_ready(churn)
     churn.end()
 
-    churn = story.start("churn", "--mib", 8, before="(python3 -c 'import os, time; os.setpgid(0, 0); time.sleep(1000)' &)")
+    of_its_own_group = "(python3 -c 'import os, time; os.setpgid(0, 0); time.sleep(1000)' &)"
+    churn = story.start("churn", "--mib", 8, before=of_its_own_group)
     image = story.dump(churn, "of-a-session", orphans=1)
     sleep, = children(os.getpid())
     outcome = story.unmoor("restore", "-D", image, "-d", expect=1)

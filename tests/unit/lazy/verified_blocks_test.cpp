@@ -21,6 +21,10 @@ namespace {
 constexpr const char* kId = "0123456789abcdef0123456789abcdef";
 constexpr size_t kBlocks = 4;
 
+void AwaitReadAhead(VerifiedBlocks& source, BlockName block) {
+  while (!source.IsReadAhead(block)) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+}
+
 class VerifiedBlocksTest : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -76,8 +80,7 @@ TEST_F(VerifiedBlocksTest, ReadAheadAreWhatWasChecked) {
   ASSERT_TRUE(source.StartReaders());
   const std::vector<BlockName> next = {BlockAt(0, At(0)), BlockAt(0, At(1)), BlockAt(0, At(3))};
   source.Expect(next);
-  while (!source.IsReadAhead(next.back()))
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  AwaitReadAhead(source, next.back());
   for (size_t block = 0; block < kBlocks; ++block) Damage(block);
   EXPECT_TRUE(Is(source.Block(0, At(0)), 0));
   EXPECT_FALSE(source.Block(0, At(2)));  // not among them
@@ -90,8 +93,7 @@ TEST_F(VerifiedBlocksTest, DamagedOnesReadAheadAreToldWhenAskedFor) {
   Damage(0);
   const std::vector<BlockName> next = {BlockAt(0, At(0)), BlockAt(0, At(1))};
   source.Expect(next);
-  while (!source.IsReadAhead(next.back()))
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  AwaitReadAhead(source, next.back());
   EXPECT_FALSE(source.Block(0, At(0)));
   EXPECT_TRUE(Is(source.Block(0, At(1)), 1));
 }
@@ -101,8 +103,7 @@ TEST_F(VerifiedBlocksTest, AreForgottenWhenTheReadersStop) {
   ASSERT_TRUE(source.StartReaders());
   const std::vector<BlockName> next = {BlockAt(0, At(0))};
   source.Expect(next);
-  while (!source.IsReadAhead(next.back()))
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  AwaitReadAhead(source, next.back());
   source.StopReaders();
   EXPECT_FALSE(source.IsReadAhead(next.back()));
   EXPECT_TRUE(Is(source.Block(0, At(1)), 1));
@@ -219,9 +220,8 @@ TEST_F(PackedBlocksTest, FramesAreReadAheadAndTheirBlocksAreComingMeanwhile) {
   source.Expect(next);
   while (source.IsComing(next.back())) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   // Two frames, read side by side.
-  while (!source.IsReadAhead(next.front()) || !source.IsReadAhead(next.back())) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
+  AwaitReadAhead(source, next.front());
+  AwaitReadAhead(source, next.back());
   EXPECT_FALSE(source.IsComing(next.back()));
   EXPECT_FALSE(source.IsReadAhead(BlockAt(0, At(6, 0))));
   Damage(5);
@@ -234,8 +234,7 @@ TEST_F(PackedBlocksTest, ADamagedFrameIsToldWithFileAndOffsetAndTheOthersCome) {
   Damage(2);
   const std::vector<BlockName> next = {BlockAt(0, At(2, 0)), BlockAt(0, At(3, 0))};
   source.Expect(next);
-  while (!source.IsReadAhead(next.back()))
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  AwaitReadAhead(source, next.back());
   const auto damaged = source.Block(0, At(2, 5));
   ASSERT_FALSE(damaged);
   EXPECT_NE(damaged.error().message().find(LayerPackedPath(directory_, kId) + " is damaged: "),
