@@ -842,8 +842,8 @@ extern "C" char unmoor_blob[], unmoor_stand_in[];
 
 constexpr uint64_t kResetHand = 0x80000000;
 
-// How long the thread has run, in ns; 0 where that cannot be told.
-uint64_t RunTime(int tid) {
+// The beginning of /proc/self/task/TID/NAME; 0 where it cannot be read.
+long ReadOfTask(int tid, const char* name, char* text, size_t capacity) {
   char path[48] = "/proc/self/task/";
   int length = 16;
   int digits = 1;
@@ -852,18 +852,33 @@ uint64_t RunTime(int tid) {
     path[length + i] = static_cast<char>('0' + rest % 10);
   }
   length += digits;
-  for (const char* p = "/schedstat"; *p != 0; ++p) path[length++] = *p;
+  for (const char* p = name; *p != 0; ++p) path[length++] = *p;
   path[length] = 0;
   const long fd = Syscall(__NR_openat, -100 /*AT_FDCWD*/, Address(path), 0, 0);
   if (fd < 0) return 0;
-  char text[64];
-  const long size = Syscall(__NR_read, fd, Address(text), sizeof(text));
+  const long size = Syscall(__NR_read, fd, Address(text), Word(capacity));
   Syscall(__NR_close, fd);
+  return size < 0 ? 0 : size;
+}
+
+// How long the thread has run, in ns; 0 where that cannot be told.
+uint64_t RunTime(int tid) {
+  char text[64];
+  const long size = ReadOfTask(tid, "/schedstat", text, sizeof(text));
   uint64_t time = 0;
   for (long i = 0; i < size && text[i] >= '0' && text[i] <= '9'; ++i) {
     time = time * 10 + static_cast<uint64_t>(text[i] - '0');
   }
   return time;
+}
+
+// Asleep where a signal wakes it: not on its way to one.
+bool Sleeps(int tid) {
+  char text[128];
+  const long size = ReadOfTask(tid, "/stat", text, sizeof(text));
+  long name_end = size;  // the name may hold anything, but ends within these bytes
+  while (name_end > 0 && text[name_end - 1] != ')') --name_end;
+  return name_end > 0 && name_end + 1 < size && text[name_end + 1] == 'S';
 }
 
 long SegvAction(const KernelSigaction* set, KernelSigaction* get) {
@@ -913,13 +928,21 @@ void StandIn(Data& data) {
   SegvAction(&ours, nullptr);
 }
 
-// Once every thread that was held has run, whatever signal it was held with has been taken.
+// Whatever signal the thread was held with, or was about to get, it has taken. A thread that merely
+// got a CPU may have lost it again before that.
+bool HasTakenIts(int tid, uint64_t ran) {
+  constexpr uint64_t kEnough = 1'000'000;
+  const uint64_t now = RunTime(tid);
+  return now < ran || now - ran >= kEnough || (now != ran && Sleeps(tid));
+}
+
+// Once every thread that was held has taken its signal.
 void StandDown(Data& data) {
   constexpr int kTurns = 10'000;
   for (int turn = 0; turn < kTurns; ++turn) {
     bool waiting = false;
     for (uint32_t i = 0; i < data.thread_count && i < kMaxThreads && !waiting; ++i) {
-      waiting = data.ran[i] != 0 && RunTime(data.threads[i].tid) == data.ran[i];
+      waiting = data.ran[i] != 0 && !HasTakenIts(data.threads[i].tid, data.ran[i]);
     }
     if (!waiting && turn > 0) break;
     const int64_t nap[2] = {0, 1'000'000};

@@ -505,11 +505,24 @@ Result<> Worker::KnowChildren() {
 void Worker::FindForkedChild(Fd uffd, const ThreadCalls& calls) {
   constexpr Nanos kLimit(100'000'000);
   std::vector<Pid> forking;
+  std::vector<std::optional<Nanos>> ran;
   for (const BlockedCall& call : calls.blocked) {
-    if (call.waits_for_event && Forks(call)) forking.push_back(call.thread);
+    if (!call.waits_for_event || !Forks(call)) continue;
+    forking.push_back(call.thread);
+    ran.push_back(RunTimeIfRunnable(pid_, call.thread));
   }
+  // What of fork comes after the event takes far less of a CPU than this, but getting one may take
+  // long.
+  const auto lacks_cpu = [&] {
+    constexpr int64_t kRestOfFork = 5'000'000;
+    for (size_t i = 0; i < forking.size(); ++i) {
+      const auto now = RunTimeIfRunnable(pid_, forking[i]);
+      if (now && now->value - ran[i].value_or(*now).value < kRestOfFork) return true;
+    }
+    return false;
+  };
   const Nanos began = MonotonicNow();
-  while (MonotonicNow() - began < kLimit) {
+  for (;;) {
     const bool born =
         std::ranges::any_of(forking, [&](Pid thread) { return !MayBeForking(pid_, thread); });
     std::vector<Pid> children;
@@ -528,8 +541,10 @@ void Worker::FindForkedChild(Fd uffd, const ThreadCalls& calls) {
       if (on_fork_) on_fork_(child, std::move(uffd));
       return;
     }
-    if (born) return;
-    SleepFor(Nanos(50'000));
+    const Nanos waited = MonotonicNow() - began;
+    const bool late = waited > kLimit;
+    if (born || (late && (waited > kLongestHoldOfStarved || !lacks_cpu()))) return;
+    SleepFor(Nanos(late ? 1'000'000 : 50'000));
   }
 }
 

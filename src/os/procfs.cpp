@@ -288,6 +288,16 @@ bool MayBeForking(Pid pid, Pid thread) {
   return number == SYS_fork || number == SYS_clone || number == SYS_clone3;
 }
 
+std::optional<Nanos> RunTimeIfRunnable(Pid pid, Pid thread) {
+  const std::string directory = fmt::format("/proc/{}/task/{}", pid.value, thread.value);
+  const auto text = ReadFile(directory + "/schedstat");
+  if (!text || ThreadState(directory) != 'R') return std::nullopt;
+  int64_t time = 0;
+  std::string_view rest = *text;
+  if (!Parse(NextWord(rest), 10, time)) return std::nullopt;
+  return Nanos(time);
+}
+
 Result<std::vector<Pid>> ReadTree(Pid root) {
   std::vector<Pid> tree = {root};
   for (size_t i = 0; i < tree.size(); ++i) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -98,6 +99,8 @@ struct ThreadCalls {
 [[nodiscard]] std::vector<Pid> ReadChildrenOf(Pid pid, Pid thread);
 // False once the thread is seen outside of fork and clone; true while it runs, wherever that is.
 [[nodiscard]] bool MayBeForking(Pid pid, Pid thread);
+// How long the thread has had a CPU so far; nothing when it neither runs nor waits for one.
+[[nodiscard]] std::optional<Nanos> RunTimeIfRunnable(Pid pid, Pid thread);
 // `root` and all its descendants, parents before children.
 [[nodiscard]] Result<std::vector<Pid>> ReadTree(Pid root);
 // All processes, zombies too, in no order; those of a /proc that cannot be read are none.

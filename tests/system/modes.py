@@ -15,8 +15,8 @@ import subprocess
 
 import jvm as java
 from churn import two_generations
-from harness import (LATER, READY, UNMOOR, Skip, demand, footprint, is_alive, main, poll, smaps_total,
-                     thp_setting)
+from harness import (LATER, READY, UNMOOR, Skip, demand, descriptors, footprint, is_alive, main, poll, smaps_total,
+                     state, thp_setting)
 from lazy import demand_still_packed, flip, listing
 from redis import Redis, Writer
 from tree import Tree
@@ -158,6 +158,52 @@ def jvm_lazy(story):
 
 def jvm_eager(story):
     jvm("eager")(story)
+
+
+def maps_stay(story, program, *form):
+    """Stopped, so that the program itself changes nothing: the map list in each mode is that of the dump."""
+    os.kill(program.pid, signal.SIGSTOP)
+    poll(lambda: state(program.pid) == "T", "the program is stopped")
+    before = footprint(program.pid)
+    image = story.dump(program, "image", *form)
+    for how in MODES:
+        story.restore(program, image, *mode(how))
+        story.wait_ready(program)
+        story.demand_no_agent()
+        # Pipes and sockets are made anew by CRIU, with other numbers.
+        story.demand_untouched(program, before._replace(descriptors=descriptors(program.pid)))
+        if how != MODES[-1]:
+            kill(program)
+            story.await_no_orphan()
+    shutil.rmtree(image)
+    os.kill(program.pid, signal.SIGCONT)
+    story.say(f"{len(before.vmas)} VMAs, the same in each mode")
+
+
+def maps_of_redis(story):
+    server = Redis(story)
+    client = server.client()
+    client("DEBUG", "POPULATE", 40_000, "key", 800)
+    client.close()
+    digest = server.digest()
+    server.disconnected()
+    maps_stay(story, server.program)
+    demand(server.digest() == digest, "the digest differs")
+    kill(server.program)
+
+
+def maps_of_jvm(story):
+    program = java.start(story, "-XX:+UseG1GC")
+    maps_stay(story, program)
+    program.await_progress("works after all", amount=2000)
+    java.end(program)
+
+
+def maps_of_churn(story):
+    churn = story.start("churn", "--threads", 3, "--mib", 96)
+    maps_stay(story, churn)
+    churn.await_sweep()
+    churn.end()
 
 
 # Endings.
@@ -486,7 +532,7 @@ def on_overlay(story):
 if __name__ == "__main__":
     main({f.__name__: f for f in (
         churn_eager, huge_pages_eager, tree_eager, zoo_lazy, redis_lazy, redis_eager, redis_packed_lazy,
-        redis_packed_eager, jvm_lazy, jvm_eager,
+        redis_packed_eager, jvm_lazy, jvm_eager, maps_of_redis, maps_of_jvm, maps_of_churn,
         eager_restore_killed, criu_killed, damaged_eager, packed_eager, packed_damaged_eager,
         packed_chain, packed_auto, memory_limit, address_space_limit, locked_memory,
         swapped_out, on_tmpfs, on_overlay)})

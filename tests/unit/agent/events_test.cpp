@@ -1,5 +1,6 @@
 // What a direct-mapped program may do with its memory, while it is watched and while it is being
 // remapped: all of it must read as with anonymous memory. And fork, exec and exit meanwhile.
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -346,6 +347,58 @@ TEST_F(EventsTest, ManyForksDuringARemap) {
   ExpectBecomesReady(pid, Nanos(120'000'000'000));
   signals_->go = 1;
   ExpectGoodEnd(pid);
+}
+
+// The parent goes on with its fork long after its event was read: another has its CPU.
+TEST_F(EventsTest, TheChildOfAForkThatLacksACpuIsWatched) {
+  if (std::thread::hardware_concurrency() < 2)
+    GTEST_SKIP() << "with one CPU the agent lacks it too";
+  const PageImage image = MakePageImage(directory_, 1024);
+  const auto run_on = [](int first, int last) {
+    cpu_set_t cpus;
+    CPU_ZERO(&cpus);
+    for (int cpu = first; cpu <= last; ++cpu) CPU_SET(cpu, &cpus);
+    return ::sched_setaffinity(0, sizeof(cpus), &cpus) == 0;
+  };
+  const Pid pid = StartWatched([&] {
+    Memory memory(image, *signals_);
+    ::raise(SIGSTOP);
+    AwaitGo(1);
+    if (!run_on(0, 0)) signals_->Fail("sched_setaffinity");
+    const pid_t child = ::fork();
+    if (!run_on(0, CPU_SETSIZE - 1)) signals_->Fail("sched_setaffinity");
+    if (child == 0) {
+      memory.GiveBack(64, 16, MADV_DONTNEED);
+      memory.CheckAll("in the child");
+      ::_exit(signals_->errors == 0 ? 0 : 1);
+    }
+    int status = -1;
+    if (::waitpid(child, &status, 0) != child || status != 0) signals_->Fail("the child's end");
+    memory.CheckAll("in the parent");
+  });
+  const std::vector<Pid> agents = FindProcesses("unmoor-agent");
+  for (const Pid agent : agents) ASSERT_TRUE(SendSignal(agent, SIGSTOP));
+  signals_->go = 1;
+  ASSERT_TRUE(WaitUntil([&] {
+    const auto calls = ReadThreadCalls(pid);
+    return calls && calls->waiting_for_event() == 1;
+  }));
+  std::atomic<int> refused = -1;
+  std::atomic<bool> over = false;
+  std::thread other([&] {
+    sched_param first{};
+    first.sched_priority = 1;
+    const bool has_it = run_on(0, 0) && ::sched_setscheduler(0, SCHED_FIFO, &first) == 0;
+    refused = has_it ? 0 : errno;
+    while (has_it && !over) {
+    }
+  });
+  EXPECT_TRUE(WaitUntil([&] { return refused != -1; }));
+  for (const Pid agent : agents) EXPECT_TRUE(SendSignal(agent, SIGCONT));
+  ExpectGoodEnd(pid);
+  over = true;
+  other.join();
+  if (refused != 0) GTEST_SKIP() << "SCHED_FIFO is refused: " << std::strerror(refused);
 }
 
 // No plan lasts: two threads move a page of theirs away and back all the time.
