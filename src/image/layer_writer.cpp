@@ -32,8 +32,10 @@
 namespace unmoor {
 namespace {
 
-constexpr size_t kBufferSize = size_t{1} << 20;
-constexpr size_t kBufferCount = 16;
+// A block that comes whole is written by one call, so that the page cache makes one huge page of it,
+// which a program then maps by one entry (docs/decisions.md, 76).
+constexpr size_t kBufferSize = kHugePageSize;
+constexpr size_t kBufferCount = 8;
 constexpr uint64_t kWritebackStep = uint64_t{16} << 20;
 
 bool IsZeroPage(const std::byte* page) {
@@ -285,15 +287,19 @@ class LayerWriter::Impl {
                           want.value, at, extent->range);
     }
     if (at < task.next) return MachineError("task {}: the page at {} came late", task_vpid, at);
-    if (current_ != nullptr && current_->used == kBufferSize) Submit();
+    const FileOffset offset = extent->offset + (at - extent->range.begin);
+    const size_t block_left = kBufferSize - offset.value % kBufferSize;
+    if (current_ != nullptr && ShouldSubmit(offset, std::min<size_t>(want.value, block_left))) {
+      Submit();
+    }
     if (current_ == nullptr) {
       UNMOOR_ASSIGN(current_, ring_.TakeEmpty());
     }
     reserved_at_ = at;
     reserved_task_ = &task;
-    reserved_offset_ = extent->offset + (at - extent->range.begin);
+    reserved_offset_ = offset;
     return current_->memory.writable_bytes().subspan(
-        current_->used, std::min<size_t>(want.value, kBufferSize - current_->used));
+        current_->used, std::min({want.value, block_left, kBufferSize - current_->used}));
   }
 
   [[nodiscard]] Result<> Commit(Bytes n) {
@@ -347,6 +353,15 @@ class LayerWriter::Impl {
       failed = failed || !result;
       ring_.GiveBack(buffer, std::move(result));
     }
+  }
+
+  // A block that may come whole gets a buffer of its own.
+  [[nodiscard]] bool ShouldSubmit(FileOffset next, size_t size) const {
+    const size_t used = current_->used;
+    if (used == kBufferSize) return true;
+    if (used == 0 || next.value % kBufferSize != 0) return false;
+    const Piece& last = current_->pieces.back();
+    return size > kBufferSize - used || last.offset + Bytes(last.size) == next;
   }
 
   void Submit() {

@@ -8,7 +8,7 @@
 //   LayerInfo info = *writer->Finish(true);
 //
 // One thread receives (calls the functions below), a second one, owned by the writer, looks for
-// zero pages and writes; between them a bounded ring of 1 MiB buffers. All-zero pages
+// zero pages and writes; between them a bounded ring of 2 MiB buffers. All-zero pages
 // become holes. The first failure (a full disk, say) is kept and returned by every later call.
 // Destroying an unfinished writer joins its thread and leaves the incomplete files to whoever owns
 // the directory (Publisher). Document: docs/format.md.

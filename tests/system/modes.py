@@ -5,18 +5,20 @@ Where a story is about all three modes they come one after the other, from the s
 between them is then the mode alone.
 """
 import contextlib
+import ctypes
 import glob
 import os
 import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 
 import jvm as java
 from churn import two_generations
-from harness import (LATER, READY, UNMOOR, Skip, demand, descriptors, footprint, is_alive, main, poll, smaps_total,
-                     state, thp_setting)
+from harness import (LATER, READY, UNMOOR, Skip, demand, descriptors, footprint, is_alive, main, poll, read_proc,
+                     smaps_total, state, thp_setting, vmas)
 from lazy import demand_still_packed, flip, listing
 from redis import Redis, Writer
 from tree import Tree
@@ -474,24 +476,69 @@ def locked_memory(story):
         kill(churn)
 
 
-def swapped_out(story):
-    """Memory that is in swap when it is dumped, and again while its restore goes on."""
-    with open("/proc/swaps") as file:
-        if len(file.read().splitlines()) < 2:
-            raise Skip("this machine has no swap")
-    churn = story.start("churn", "--threads", 1, "--mib", 64, "--rate", 50, "--sweep-ms", 100000000)
+@contextlib.contextmanager
+def swap_space(story, mib):
+    """A swap file of the story's own; other programs' memory may get there, too, and comes back."""
+    path = story.path("swap")
+    with open(path, "wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        os.posix_fallocate(file.fileno(), 0, mib << 20)
+    for command in (["mkswap", path], ["swapon", path]):
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode != 0:
+            raise Skip(f"no swap can be made here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["swapoff", path], check=True)
+        os.remove(path)
 
-    def page_out():
-        subprocess.run(["sh", "-c", f"echo 1 > /proc/{churn.pid}/reclaim"], stderr=subprocess.DEVNULL)
-    page_out()
-    image = story.dump(churn, "image")
-    for how in MODES:
-        story.restore(churn, image, *mode(how))
-        page_out()
+
+def page_out(pid):
+    """Asks the kernel to swap out all that is the program's own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    process_madvise, pageout = 440, 21
+    pidfd = os.pidfd_open(pid)
+    try:
+        for vma in vmas(pid):
+            if "w" not in vma.protection or vma.name.startswith("[v"):
+                continue
+            piece = struct.pack("QQ", vma.begin, vma.end - vma.begin)
+            libc.syscall(process_madvise, pidfd, piece, ctypes.c_size_t(1), pageout, 0)
+    finally:
+        os.close(pidfd)
+
+
+def swapped_out(story):
+    """Memory that is in swap when it is dumped, and again and again while its restore goes on."""
+    with swap_space(story, 512):
+        churn = story.start("churn", "--threads", 2, "--mib", 64, "--rate", 2000, "--sweep-ms", 500)
+
+        def in_swap():
+            return int(re.search(r"VmSwap:\s+(\d+)", read_proc(churn.pid, "status"))[1]) >> 10
+        page_out(churn.pid)
+        swapped = in_swap()
+        demand(swapped >= 16, f"{swapped} MiB are in swap")
+        image = story.dump(churn, "image")
+        for how in MODES:
+            story.restore(churn, image, *mode(how))
+            most = 0
+            while story.status(churn).code != READY:
+                page_out(churn.pid)
+                most = max(most, in_swap())
+            page_out(churn.pid)
+            most = max(most, in_swap())
+            demand(most > 0, f"something is swapped out ({how})")
+            story.say(f"{swapped} MiB in swap at the dump, up to {most} after the restore ({how})")
+            churn.await_sweep()
+            story.demand_no_agent()
+            if how != MODES[-1]:
+                kill(churn)
+        next_image = story.dump(churn, "next")
+        story.restore(churn, next_image)
         story.wait_ready(churn)
-        story.demand_no_agent()
-        last = how == MODES[-1]
-        churn.end() if last else kill(churn)
+        churn.await_sweep()
+        churn.end()
 
 
 # Storage.
