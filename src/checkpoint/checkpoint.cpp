@@ -33,6 +33,7 @@ namespace {
 
 constexpr int kPageServerFd = 3;  // its number inside criu
 constexpr int kTriesWhileMapped = 3;
+constexpr int kTriesInFault = 50;
 
 std::string Describe(Pid pid) {
   const auto info = ReadProcess(pid);
@@ -171,6 +172,7 @@ class Dumper {
   std::vector<HoldOff> held_;
   std::vector<std::string> mapped_files_;  // CRIU's keys; the program is dumped as it is
   bool must_be_remapped_ = false;          // and could not be
+  bool caught_in_fault_ = false;           // so criu was sent away; once more
   bool stuck_ = false;
   std::string log_path_;
   std::string criu_version_;
@@ -403,6 +405,7 @@ Result<> Dumper::RunCriu(const criu::CriuBinary& criu, PageRouter& router) {
   held_.clear();  // a program left running is its agent's again
 
   must_be_remapped_ = router.must_be_remapped();
+  caught_in_fault_ = router.caught_in_fault();
   // What failed on our side is the cause; criu's failure is its echo.
   if (router.first_error()) return Failure(*router.first_error());
   if (outcome && outcome->status.ok() && served) return {};
@@ -570,9 +573,11 @@ Result<CheckpointReport> Dumper::Run() {
       if (!dumped) UNMOOR_TRY(FinishRemap());
     }
   }
-  if (!dumped) {
+  for (int i = 1; !dumped; ++i) {
     UNMOOR_ASSIGN(held_, HoldTree(options_.pid));
-    UNMOOR_TRY(DumpHeld(criu));
+    const auto done = DumpHeld(criu);
+    if (!done && !(caught_in_fault_ && i < kTriesInFault)) return Failure(done.error());
+    dumped = done.has_value();
   }
   report_.elapsed = MonotonicNow() - begin;
   if (options_.leave_running) {
@@ -606,7 +611,7 @@ Result<bool> Dumper::DumpMapped(const criu::CriuBinary& criu) {
     spdlog::warn("{}", why);
     return false;
   };
-  for (int i = 0; i < kTriesWhileMapped; ++i) {
+  for (int i = 0; i < (caught_in_fault_ ? kTriesInFault : kTriesWhileMapped); ++i) {
     UNMOOR_ASSIGN(std::vector<HoldOff> asked, PutBackOnLayers());
     auto held = HoldTree(options_.pid, std::move(asked));
     if (!held && held.error().errnum() == EAGAIN) return not_possible(held.error().message());
@@ -619,7 +624,7 @@ Result<bool> Dumper::DumpMapped(const criu::CriuBinary& criu) {
     const auto dumped = DumpHeld(criu);
     if (dumped) return true;
     if (must_be_remapped_) return not_possible(dumped.error().message());
-    if (!stuck_) return Failure(dumped.error());
+    if (!stuck_ && !caught_in_fault_) return Failure(dumped.error());
   }
   return not_possible(
       fmt::format("process {} gives memory back all the time, so it cannot be frozen while mapped",
@@ -627,6 +632,7 @@ Result<bool> Dumper::DumpMapped(const criu::CriuBinary& criu) {
 }
 
 Result<> Dumper::DumpHeld(const criu::CriuBinary& criu) {
+  caught_in_fault_ = false;
   UNMOOR_TRY(CheckUntraced(options_.pid, Nanos(5'000'000'000)));
   UNMOOR_TRY(PrepareDirectory());
   const std::string directory = publisher_->path();

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 
 #include <algorithm>
+#include <csignal>
 
 #include "agent/page_image.h"
 #include "base/fault_point.h"
@@ -113,9 +114,29 @@ Result<std::optional<LayerBase>> PageRouter::FindBase(uint32_t vpid, Pid pid,
   return base;
 }
 
+// A frozen thread may have the signal of a fault (SIGSEGV, say) still to take. CRIU would have it
+// run its code, whose end is a SIGTRAP; but of such signals the kernel hands over the first,
+// blocked or not (dequeue_synchronous_signal in kernel/signal.c), so CRIU would give up, and the
+// SIGTRAP left would end the program. Until now CRIU has let no thread but the leader run.
+Result<> PageRouter::CheckNoneTakesAFault(Pid pid) {
+  constexpr uint64_t kOfFaults = SignalBit(SIGSEGV) | SignalBit(SIGBUS) | SignalBit(SIGILL) |
+                                 SignalBit(SIGFPE) | SignalBit(SIGTRAP) | SignalBit(SIGSYS);
+  UNMOOR_ASSIGN(const std::vector<Pid> threads, ReadThreads(pid));
+  for (const Pid thread : threads) {
+    UNMOOR_ASSIGN(const SignalSets signals, ReadSignalSets(thread));
+    caught_in_fault_ = (signals.pending & kOfFaults) != 0;
+    if (!caught_in_fault_) continue;
+    return MachineError(
+        "thread {} of process {} was frozen each time as it took a fault; try again", thread.value,
+        pid.value);
+  }
+  return {};
+}
+
 Result<> PageRouter::OpenTask(uint32_t vpid) {
   UNMOOR_TRY(FaultPoint("dump.open"));
   UNMOOR_ASSIGN(const Pid pid, FindTask(vpid));
+  UNMOOR_TRY(CheckNoneTakesAFault(pid));
   UNMOOR_ASSIGN(std::vector<PlannedVma> plan, Plan(vpid, pid));
   RoutedTask task{pid, std::move(plan), {}};
   task.saved.resize(task.plan.size());

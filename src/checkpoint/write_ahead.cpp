@@ -18,7 +18,7 @@ namespace unmoor {
 namespace {
 
 constexpr Bytes kLeastAhead(uint64_t{1} << 20);  // less is read as fast
-constexpr uint64_t kChunk = uint64_t{1} << 20;
+constexpr uint64_t kChunk = kHugePageSize;       // a place in the file is congruent to its address
 constexpr uint64_t kScan = uint64_t{32} << 20;
 constexpr uint64_t kLittle = 128;  // a round that finds less than one part in so many is the last
 
@@ -189,7 +189,7 @@ Result<Bytes> Ahead::RoundOf(const Source& source) {
 Result<Bytes> Ahead::Copy(const Source& source, VaddrRange range) {
   Bytes written;
   for (Vaddr at = range.begin; at < range.end; at = at + Bytes(buffer_.size())) {
-    buffer_.resize(std::min<uint64_t>((range.end - at).value, kChunk));
+    buffer_.resize(std::min((range.end - at).value, kChunk - at.value % kChunk));
     if (!ReadMemory(source.pid, at, buffer_)) continue;  // unmapped by now
     UNMOOR_ASSIGN(const Bytes shown, draft_->Show(source.vpid, at, buffer_));
     written += shown;

@@ -14,7 +14,7 @@
 namespace unmoor {
 namespace {
 
-constexpr size_t kChunk = size_t{1} << 20;
+constexpr size_t kChunk = kHugePageSize;
 
 }  // namespace
 

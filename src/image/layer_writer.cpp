@@ -32,8 +32,8 @@
 namespace unmoor {
 namespace {
 
-// A block that comes whole is written by one call, so that the page cache makes one huge page of it,
-// which a program then maps by one entry (docs/decisions.md, 76).
+// A block that comes whole is written by one call, so that the page cache makes one huge page of
+// it, which a program then maps by one entry (docs/decisions.md, 76).
 constexpr size_t kBufferSize = kHugePageSize;
 constexpr size_t kBufferCount = 8;
 constexpr uint64_t kWritebackStep = uint64_t{16} << 20;

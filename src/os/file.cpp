@@ -342,6 +342,10 @@ void StartReading(int fd, FileRange range) {
                         static_cast<off64_t>(range.size().value), POSIX_FADV_WILLNEED);
 }
 
+void ForgetCached(int fd) {
+  (void)::posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+}
+
 Result<std::string> MakeTemporaryDirectory(const std::string& parent, const std::string& prefix) {
   std::string path = parent + "/" + prefix + "XXXXXX";
   if (FailsByHook("mkdtemp", -1, path) || ::mkdtemp(path.data()) == nullptr)

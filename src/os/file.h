@@ -78,6 +78,8 @@ namespace unmoor {
 void StartWriteback(int fd, FileOffset offset, Bytes length);
 // Starts reading a range into the page cache without waiting for it. A hint: failure is ignored.
 void StartReading(int fd, FileRange range);
+// Has the page cache forget the file, but for what is mapped or not yet on disk. A hint.
+void ForgetCached(int fd);
 // A new directory below `parent`, named prefix + six random characters, mode 0700.
 [[nodiscard]] Result<std::string> MakeTemporaryDirectory(const std::string& parent,
                                                          const std::string& prefix);

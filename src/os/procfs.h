@@ -65,11 +65,16 @@ struct ProcessInfo {
 [[nodiscard]] Result<ProcessInfo> ReadProcess(Pid pid);
 
 // Bit n-1 stands for signal n.
+constexpr uint64_t SignalBit(int signal) {
+  return uint64_t{1} << (signal - 1);
+}
 struct SignalSets {
+  uint64_t pending = 0;  // of the thread alone
   uint64_t blocked = 0;
   uint64_t ignored = 0;
   uint64_t caught = 0;
 };
+// `pid` may be a thread.
 [[nodiscard]] Result<SignalSets> ReadSignalSets(Pid pid);
 
 // The system call a thread sleeps in; nothing when it runs.

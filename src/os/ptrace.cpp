@@ -274,7 +274,7 @@ Result<> StoppedThread::SwallowContinue() {
   if (Ptrace(kGetSigmask, thread_, sizeof(mask), &mask) != 0) {
     return PtraceError(errno, "read signal mask of", thread_);
   }
-  uint64_t open_mask = mask & ~(uint64_t{1} << (SIGCONT - 1));
+  uint64_t open_mask = mask & ~SignalBit(SIGCONT);
   Ptrace(kSetSigmask, thread_, sizeof(open_mask), &open_mask);
   if (::kill(thread_.value, SIGCONT) != 0) return PtraceError(errno, "continue", thread_);
   for (int stops = 0; stops < 16; ++stops) {
@@ -379,8 +379,7 @@ namespace {
 // The signal masks of /proc/PID/status that tell whether a plain SIGCONT would be noticed.
 Result<bool> WouldNoticeContinue(Pid pid) {
   UNMOOR_ASSIGN(const SignalSets sets, ReadSignalSets(pid));
-  constexpr uint64_t kBit = uint64_t{1} << (SIGCONT - 1);
-  return ((sets.caught | sets.blocked) & kBit) != 0;
+  return ((sets.caught | sets.blocked) & SignalBit(SIGCONT)) != 0;
 }
 
 }  // namespace

@@ -2,9 +2,10 @@
 //
 // From outside, by looking at the page tables of the tasks (PAGEMAP_SCAN) every few milliseconds:
 // the program is neither stopped nor slowed. What is exact: every page that was touched while it
-// was mapped is in the result. What is not: a page fault maps up to 16 neighbouring pages (64 KiB)
-// that are in the page cache, and these count as touched; and between two looks the order is that
-// of the file. Nothing may remap the program meanwhile: what it moved is not seen.
+// was mapped is in the result. What is not: of memory that the page cache has in huge pages, as
+// after a dump, a touch maps 2 MiB, which count as touched (a restore that is recorded has the
+// cache forget the layers first: RestoreOptions::recorded); and between two looks the order is
+// that of the file. Nothing may remap the program meanwhile: what it moved is not seen.
 #pragma once
 
 #include <optional>

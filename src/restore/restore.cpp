@@ -548,6 +548,9 @@ Result<RestoredProgram> Restorer::Run() {
   report_.mode = mode_;
   if (mode_ == RestoreMode::kDirect) UNMOOR_TRY(Unpack());
   UNMOOR_TRY(ListLayers(image_));
+  if (options_.recorded) {
+    for (const ListedLayer& layer : listed_) ForgetCached(layer.pages.get());
+  }
   // Eager reads everything, and in an order of its own.
   if (options_.prefetch && !eager() && !listed_.empty()) {
     if (auto prefetch = BeginPrefetch(image_)) {

@@ -45,6 +45,9 @@ struct RestoreOptions {
   std::vector<std::string> criu_arguments;
   bool verbose = false;
   bool prefetch = true;  // the recorded working set, if there is one
+  // A working set is going to be recorded: not from what is cached in huge pages, of which a touch
+  // maps 2 MiB.
+  bool recorded = false;
 };
 
 struct RestoreObserver {

@@ -18,7 +18,7 @@
 namespace unmoor {
 namespace {
 
-constexpr uint64_t kChunk = uint64_t{1} << 20;  // a multiple of the block size
+constexpr uint64_t kChunk = kHugePageSize;
 
 Bytes SizeOf(const std::vector<FileRange>& ranges) {
   Bytes sum;
@@ -126,7 +126,8 @@ Result<> Reorderer::Look(const ManifestLayer& entry, const std::vector<FileRange
 Result<> Reorderer::Copy(const LayerReader& from, FileRange range, const PendingFile& to) {
   while (!range.empty()) {
     const FileOffset begin(AlignDown(range.begin.value, kBlockSize));
-    const FileOffset end(std::min(begin.value + kChunk, AlignUp(range.end.value, kBlockSize)));
+    const FileOffset end(
+        std::min(AlignDown(begin.value, kChunk) + kChunk, AlignUp(range.end.value, kBlockSize)));
     buffer_.resize((end - begin).value);
     UNMOOR_TRY(ReadExactlyAt(from.pages_fd().get(), buffer_, begin, from.pages_path()));
     const std::span<const std::byte> bytes(buffer_);

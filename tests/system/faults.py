@@ -654,6 +654,22 @@ def mapped_by_another_tool(story):
     demand(process.wait(30) == 0, "it ends by itself")
 
 
+def dumped_while_it_faults(story):
+    """Threads that take faults without pause are frozen in the middle of one sooner or later: CRIU alone would give
+    up then, and the program die of a SIGTRAP."""
+    program = story.start("faulter", "--threads", 2)
+    for number in range(25):
+        image = story.path(f"image-{number}")
+        story.unmoor("dump", "-t", program.pid, "-D", image, "-R")
+        shutil.rmtree(image)
+        program.await_progress("works after the dump", amount=1000)
+    image = story.dump(program, "image")
+    story.restore(program, image)
+    story.wait_ready(program)
+    program.await_progress("works after the restore", amount=1000)
+    program.end()
+
+
 STORIES = {
     "worker_killed": worker_killed,
     "supervisor_killed": supervisor_killed,
@@ -670,7 +686,7 @@ for function in (worker_killed_semantics_kept, worker_fails, criu_killed_at_dump
                  restore_killed_while_criu_waits, foreground_restore,
                  disk_full_at_dump, disk_full_keeps_the_old_checkpoint, dump_while_direct_mapped,
                  dump_during_remap, dump_into_its_own_directory, image_moved_while_mapped,
-                 image_deleted_while_mapped, mapped_by_another_tool):
+                 image_deleted_while_mapped, mapped_by_another_tool, dumped_while_it_faults):
     STORIES[function.__name__] = function
 for name, function in STORIES.items():
     function.__name__ = name

@@ -88,6 +88,7 @@ Result<RestoreOptions> ToOptions(const RestoreArguments& arguments, const Invoca
     return UserError("--record-time says how long --record is to record");
   }
   options.prefetch = !arguments.no_prefetch && !arguments.record;
+  options.recorded = arguments.record;
   options.agent.log_file = arguments.agent_log;
   options.pidfile = arguments.pidfile;
   options.criu_arguments = invocation.criu_arguments;
