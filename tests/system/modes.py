@@ -7,6 +7,7 @@ between them is then the mode alone.
 import contextlib
 import ctypes
 import glob
+import mmap
 import os
 import re
 import resource
@@ -68,6 +69,39 @@ def huge_pages_eager(story):
         story.demand_untouched(churn, before)
         if huge:
             kill(churn)
+    churn.end()
+
+
+def has_huge_file_pages(folder):
+    """Whether a file written 2 MiB at a time is mapped by huge pages here."""
+    path = os.path.join(folder, "huge")
+    size = 8 << 20
+    with open(path, "w+b", buffering=0) as file:
+        for at in range(0, size, 2 << 20):
+            os.pwrite(file.fileno(), bytes([1]) * (2 << 20), at)
+        with mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as memory:
+            memory.find(b"\0")
+            found = smaps_total("self", "FilePmdMapped")
+    os.remove(path)
+    return found > 0
+
+
+def huge_pages_direct(story):
+    """What the page cache has in huge pages since the dump, the program maps by them; a recorded restore does not."""
+    if not has_huge_file_pages(story.folder):
+        raise Skip("files have no huge pages in the page cache here")
+    churn = story.start("churn", "--threads", 1, "--mib", 64, "--write-share", 0)
+    image = story.dump(churn, "image")
+    for options, huge in ((("--remap", "off"), True), (("--record",), False)):
+        story.restore(churn, image, *options)
+        churn.await_sweep()
+        found = smaps_total(churn.pid, "FilePmdMapped")
+        demand(found >= 32 << 20 if huge else found == 0, f"{found >> 20} MiB are mapped by huge pages with {options}")
+        if huge:
+            kill(churn)
+            story.await_no_orphan()
+    story.unmoor("record", "-t", churn.pid, "--stop")
+    story.wait_ready(churn)
     churn.end()
 
 
@@ -578,7 +612,7 @@ def on_overlay(story):
 
 if __name__ == "__main__":
     main({f.__name__: f for f in (
-        churn_eager, huge_pages_eager, tree_eager, zoo_lazy, redis_lazy, redis_eager, redis_packed_lazy,
+        churn_eager, huge_pages_eager, huge_pages_direct, tree_eager, zoo_lazy, redis_lazy, redis_eager, redis_packed_lazy,
         redis_packed_eager, jvm_lazy, jvm_eager, maps_of_redis, maps_of_jvm, maps_of_churn,
         eager_restore_killed, criu_killed, damaged_eager, packed_eager, packed_damaged_eager,
         packed_chain, packed_auto, memory_limit, address_space_limit, locked_memory,
