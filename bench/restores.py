@@ -54,8 +54,8 @@ class RestoreCases:
     def prepare_cache(self, folder, cache):
         make_cold(folder) if cache == "cold" else make_warm(folder)
 
-    def restore_measured(self, case, program, way, folder, cache, number, rss=False, thorough=True, **told):
-        """One restore up to a verified, independent program; the line it gives."""
+    def restore_measured(self, case, program, way, folder, cache, number, rss=False, thorough=True, beside=None, **told):
+        """One restore up to a verified, independent program; the line it gives. `beside`: counts for that size."""
         self.prepare_cache(folder, cache)
         before = read_bytes()
         running = way.restore(folder, program.pid)
@@ -77,8 +77,8 @@ class RestoreCases:
             program.verify(thorough)
         values["ready_read_bytes"] = read_bytes() - before
         self.stage.kill(program.pid)
-        self.emit(case, program=program.name, mib=program.mib, way=way.name, cache=cache, round=number,
-                  wall_ms=round(running.seconds * 1e3, 3), **told,
+        self.emit(case, program=program.name, mib=program.mib if beside is None else beside, way=way.name, cache=cache,
+                  round=number, wall_ms=round(running.seconds * 1e3, 3), **told,
                   **{k: round(v, 3) if isinstance(v, float) else v for k, v in values.items()}, verified=True)
 
     def remove_all(self, folders):
@@ -91,21 +91,32 @@ class RestoreCases:
         """Rounds are as many as the time allows: small heaps in all of them, the largest in few."""
         plan = ([(0, 5, 0, 5), (1, 5, 0, 5), (64, 3, 2, 10), (256, 2, 0, 10)] if self.quick else
                 [(0, 30, 0, 15), (1, 30, 5, 40), (256, 10, 5, 70), (1024, 5, 3, 100), (4096, 3, 0, 130)])
+        # What is compared with every size in that size's own rounds: the machine is not the same in all of them.
+        null_program = Touch(self.stage, "touch-null", 0)
+        null = Stock(self.stage, "null", "stock CRIU, an empty process")
+        null_folder, = self.dump_all(null_program, {"null": null}).values()
         for mib, warm, cold, seconds in plan:
             warm, cold = self.rounds or warm, (self.rounds if cold else 0) or cold
             ways = self.ways(without=() if mib else ("prefetch", "lazy", "eager", "stock-lazy"))
             program = Touch(self.stage, "touch", mib)
             folders = self.dump_all(program, ways)
-            contestants = [(name, "warm") for name in ways] + [(name, "cold") for name in ways if cold]
+            contestants = [(name, "warm") for name in ["null", *ways]] + [(name, "cold") for name in ways if cold]
+            if mib >= 256:  # few rounds
+                contestants += 2 * [("null", "warm"), ("direct", "warm")]
             probing = "stock-probing" if mib <= 1 else None
             if probing:
                 contestants.append((probing, "warm"))
             for number, (name, cache) in self.each_round(max(warm, cold), contestants, seconds):
-                if number < (warm if cache == "warm" else cold):
+                if number >= (warm if cache == "warm" else cold):
+                    continue
+                if name == "null":
+                    self.restore_measured("restore", null_program, null, null_folder, cache, number, beside=mib)
+                else:
                     way = self.probing_way() if name == probing else ways[name]
                     self.restore_measured("restore", program, way, folders[way.image], cache, number,
                                           rss=number == 0 and mib >= 64)
             self.remove_all(folders)
+        self.remove_all({"null": null_folder})
 
     def probing_way(self):
         return Stock(self.stage, "stock-probing", "stock CRIU, asking the kernel", probing=True)
