@@ -36,6 +36,7 @@ constexpr Nanos kLastWords(5'000'000'000);
 constexpr Nanos kAsideLook(5'000'000);
 constexpr Nanos kAsideAgain(50'000'000);  // after coming back
 constexpr Nanos kBackLimit(60'000'000'000);
+constexpr Nanos kStopPatience(60'000'000'000);  // of a program without a CPU
 
 // --- in the worker process
 // ------------------------------------------------------------------------
@@ -58,6 +59,7 @@ class WorkerProcess {
     guarded_ = old_uffd.valid();
     UNMOOR_ASSIGN(program_, OpenPidFd(task_.task.pid));
     UNMOOR_TRY(Enter());
+    if (task_.task.stopped) UNMOOR_TRY(AwaitStopped());
     if (task_.again) UNMOOR_TRY(FaultPoint("agent.begin_again"));
     const bool restored = task_.task.stopped && !task_.again;
     const bool puts_back = !task_.task.put_back.empty() && !task_.again;
@@ -136,6 +138,19 @@ class WorkerProcess {
       SleepFor(kAsideLook);
       if (ProgramEnded()) return SystemError(ESRCH, "the program ended meanwhile");
       if (!inside) return Failure(inside.error());
+    }
+  }
+
+  // criu's SIGSTOP may be under way still. If it came to a thread that we trace, the others would
+  // run, watched by nobody, from when they are let go until that one is.
+  Result<> AwaitStopped() {
+    for (const Nanos began = MonotonicNow();;) {
+      UNMOOR_ASSIGN(const bool stopped, IsStopped(task_.task.pid));
+      if (stopped) return {};
+      if (MonotonicNow() - began > kStopPatience) {
+        return MachineError("a thread of process {} does not stop", task_.task.pid.value);
+      }
+      SleepFor(Nanos(50'000));
     }
   }
 

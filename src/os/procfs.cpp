@@ -224,6 +224,15 @@ bool SleepsInCall(Pid pid, uint64_t number) {
   return text && text->starts_with(fmt::format("{} ", number));
 }
 
+Result<bool> IsStopped(Pid pid) {
+  UNMOOR_ASSIGN(const std::vector<Pid> threads, ReadThreads(pid));
+  return std::ranges::all_of(threads, [&](Pid thread) {
+    constexpr std::string_view kStands = "tTZX?";
+    return kStands.find(ThreadState(fmt::format("/proc/{}/task/{}", pid.value, thread.value))) !=
+           std::string_view::npos;
+  });
+}
+
 Result<ThreadCalls> ReadThreadCalls(Pid pid) {
   UNMOOR_ASSIGN(const std::vector<Pid> threads, ReadThreads(pid));
   ThreadCalls calls;

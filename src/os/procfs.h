@@ -94,6 +94,8 @@ struct ThreadCalls {
   [[nodiscard]] size_t waiting_for_event() const;
 };
 [[nodiscard]] Result<ThreadCalls> ReadThreadCalls(Pid pid);
+// Whether every thread is stopped (by a signal or a tracer) or has ended.
+[[nodiscard]] Result<bool> IsStopped(Pid pid);
 // Whether the process's main thread sleeps in that system call.
 [[nodiscard]] bool SleepsInCall(Pid pid, uint64_t number);
 

@@ -50,6 +50,33 @@ TEST_F(WaitingAgentTest, LetsEveryTaskRunThatItWasToldOf) {
   for (const Pid pid : tasks) ExpectGoodEnd(pid);
 }
 
+// Where SIGSTOP came to a thread that is traced, the others would run unwatched.
+TEST_F(WaitingAgentTest, NothingIsDoneToATaskBeforeItHasStopped) {
+  const PageImage image = MakePageImage(directory_, 64);
+  const Pid task = StartSubject([&] {
+    Memory memory(image, *signals_);
+    signals_->ready = 1;
+    while (signals_->go == 0) ++signals_->laps;
+    memory.CheckAll("once it runs");
+  });
+  AwaitReady(1);
+  WaitingAgent agent = Begin(1);
+  ASSERT_TRUE(agent.Adopt({task}, {}));
+  ASSERT_TRUE(agent.LetRun());
+  for (int look = 0; look < 200; ++look) {
+    const auto process = ReadProcess(task);
+    ASSERT_TRUE(process);
+    EXPECT_EQ(process->tracer, Pid{});
+    SleepFor(Nanos(1'000'000));
+  }
+  EXPECT_TRUE(FindProcesses("unmoor-helper").empty());
+  ASSERT_TRUE(SendSignal(task, SIGSTOP));
+  const auto runs = agent.AwaitRunning();
+  ASSERT_TRUE(runs) << runs.error().message();
+  signals_->go = 1;
+  ExpectGoodEnd(task);
+}
+
 TEST_F(WaitingAgentTest, OneTaskThatCannotBeGuardedLeavesNoAgentAndNothingRunning) {
   const PageImage image = MakePageImage(directory_, 64);
   const std::vector<Pid> tasks = {StartRestored(image), StartRestored(image)};
