@@ -624,7 +624,8 @@ Result<bool> Dumper::DumpMapped(const criu::CriuBinary& criu) {
     const auto dumped = DumpHeld(criu);
     if (dumped) return true;
     if (must_be_remapped_) return not_possible(dumped.error().message());
-    if (!stuck_ && !caught_in_fault_) return Failure(dumped.error());
+    const bool once_more = stuck_ || (caught_in_fault_ && i + 1 < kTriesInFault);
+    if (!once_more) return Failure(dumped.error());
   }
   return not_possible(
       fmt::format("process {} gives memory back all the time, so it cannot be frozen while mapped",

@@ -124,7 +124,8 @@ Result<> PageRouter::CheckNoneTakesAFault(Pid pid) {
   UNMOOR_ASSIGN(const std::vector<Pid> threads, ReadThreads(pid));
   for (const Pid thread : threads) {
     UNMOOR_ASSIGN(const SignalSets signals, ReadSignalSets(thread));
-    caught_in_fault_ = (signals.pending & kOfFaults) != 0;
+    // A fault unblocks its signal; one that is blocked was sent, and does no harm.
+    caught_in_fault_ = (signals.pending & ~signals.blocked & kOfFaults) != 0;
     if (!caught_in_fault_) continue;
     return MachineError(
         "thread {} of process {} was frozen each time as it took a fault; try again", thread.value,

@@ -1,8 +1,8 @@
 // faulter: threads that do little but take faults, as runtimes do for null checks.
 //
 // Each writes to a page that it may not write to, and goes on behind that in its handler, again and
-// again. The report counts the faults; one that comes otherwise than expected ends the program.
-// SIGTERM ends it.
+// again. One thread has a SIGSEGV waiting that was sent to it and is blocked. The report counts the
+// faults; one that comes otherwise than expected ends the program. SIGTERM ends it.
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -41,6 +41,18 @@ void TakeFaults() {
   }
 }
 
+void KeepOneBlocked() {
+  sigset_t set;
+  sigemptyset(&set);
+  sigaddset(&set, SIGSEGV);
+  pthread_sigmask(SIG_BLOCK, &set, nullptr);
+  pthread_kill(pthread_self(), SIGSEGV);
+  while (!end_wanted) {
+    const timespec pause{0, 10'000'000};
+    nanosleep(&pause, nullptr);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -64,6 +76,7 @@ int main(int argc, char** argv) {
   sigaction(SIGSEGV, &action, nullptr);
   std::vector<std::thread> threads;
   for (int i = 0; i < count; ++i) threads.emplace_back(TakeFaults);
+  threads.emplace_back(KeepOneBlocked);
   while (!end_wanted) {
     char text[64];
     std::snprintf(text, sizeof text, "\"ready\": true, \"operations\": %llu",
