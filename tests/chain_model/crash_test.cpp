@@ -77,9 +77,13 @@ class Chain {
     next_ = tree_;
     next_[1].pages[9] = 900;
   }
-  [[nodiscard]] const std::string& store() const { return store_.path(); }
-  [[nodiscard]] std::string image() const { return store_.path() + "/image"; }
-  [[nodiscard]] std::string out() const { return store_.path() + "/out"; }
+  [[nodiscard]] const std::string& store() const {
+    return looked_at_.empty() ? store_.path() : looked_at_;
+  }
+  [[nodiscard]] std::string image() const { return store() + "/image"; }
+  [[nodiscard]] std::string out() const { return store() + "/out"; }
+  // From now on another store is looked at; "": its own.
+  void LookAt(const std::string& store) { looked_at_ = store; }
   // Outside the store.
   [[nodiscard]] std::string beside(const std::string& name) const {
     return beside_.path() + "/" + name;
@@ -91,6 +95,7 @@ class Chain {
  private:
   const TemporaryDirectory beside_;
   const TemporaryDirectory store_;
+  std::string looked_at_;
   SimulatedTree tree_;
   SimulatedTree next_;
 };
@@ -137,6 +142,9 @@ struct Command {
   bool (*done)(const Chain&);
   Result<> (*prepare)(const Chain&);
   std::vector<std::string> left;  // what the store holds afterwards
+  // Whether it is still done after a loss of power. What was unpacked for a restore is good until
+  // the machine starts anew, and its name says so; what is removed may be there once more.
+  bool durable = true;
 };
 
 Result<> Nothing(const Chain&) {
@@ -268,7 +276,7 @@ const std::vector<Command> kCommands = {
      [](const Chain& chain) {
        return ShowsTree(chain) && (CacheIn(chain).empty() || Shows(CacheIn(chain), chain.tree()));
      },
-     [](const Chain& chain) { return !CacheIn(chain).empty(); }, PackImage, kOnlyImage},
+     [](const Chain& chain) { return !CacheIn(chain).empty(); }, PackImage, kOnlyImage, false},
     {"rm",
      [](const Chain& chain) { return Forget(RemoveImage(chain.image())); },
      [](const Chain& chain) { return !Exists(chain.image()) || ShowsTree(chain); },
@@ -276,7 +284,7 @@ const std::vector<Command> kCommands = {
      Litter,
      {}},
     {"gc", [](const Chain& chain) { return Forget(CollectGarbage(chain.store(), false)); },
-     ShowsTree, IsTidy, Litter, kOnlyImage},
+     ShowsTree, IsTidy, Litter, kOnlyImage, false},
     {"repair of pages", RepairImage, IsNoWorse, IsSound,
      [](const Chain& chain) { return DamageImage(chain, LayerPagesPath); }, kOnlyImage},
     {"repair of an index", RepairImage, IsNoWorse, IsSound,
@@ -475,10 +483,9 @@ class Disk {
 };
 
 TEST(Crash, ALossOfPowerLeavesTheOldOrTheNewImage) {
-  for (const Command& command : {kFlatten, kDump}) {
-    const bool changes = std::string(command.name) == kDump.name;
-    const Chain chain;
-    const size_t layers_before = ReadManifest(chain.image())->layers.size();
+  for (const Command& command : kCommands) {
+    Chain chain;
+    ASSERT_OK(command.prepare(chain));
     Disk disk(chain.store());
     int crashes = 0;
     const auto crash = [&](const std::string& when, bool finished) {
@@ -486,16 +493,13 @@ TEST(Crash, ALossOfPowerLeavesTheOldOrTheNewImage) {
         const TemporaryDirectory place;
         const std::string found = place.path() + "/store";
         disk.Rebuild(found, names);
-        const std::string image = found + "/image";
         const std::string what = fmt::format("{}: power lost {}, {} names kept", command.name, when,
                                              names ? "all" : "durable");
         ++crashes;
-        const bool is_new = Shows(image, changes ? chain.next() : chain.tree());
-        ASSERT_TRUE(is_new || Shows(image, chain.tree())) << what;
-        if (!finished) continue;
-        // What was reported done is done.
-        ASSERT_TRUE(is_new) << what;
-        ASSERT_EQ(ReadManifest(image)->layers.size() == 1, !changes) << what;
+        chain.LookAt(found);
+        EXPECT_TRUE(command.durable ? command.whole(chain) : ShowsTree(chain)) << what;
+        EXPECT_TRUE(!finished || !command.durable || command.done(chain)) << what;
+        chain.LookAt("");
       }
     };
     Result<> result;
@@ -520,8 +524,7 @@ TEST(Crash, ALossOfPowerLeavesTheOldOrTheNewImage) {
     }
     ASSERT_OK(result);
     crash("after it was done", true);
-    EXPECT_GT(layers_before, 1u);
-    EXPECT_GT(crashes, 10);
+    EXPECT_GE(crashes, 4) << command.name;
   }
 }
 
