@@ -234,7 +234,8 @@ Action ConfigureRestore(CLI::App& app) {
   app.add_option("--remap", arguments->remap, "Whether it is made independent by itself")
       ->option_text("background|off");
   app.add_flag("--record", arguments->record,
-               "Note which pages it touches, until 'unmoor record --stop', for the next restore");
+               "Note which pages it touches, until 'unmoor record --stop', for the next restore "
+               "(a cold one: the page cache forgets the image first)");
   app.add_option("--record-time", arguments->record_time, "Record that long at most")
       ->option_text("TIME");
   app.add_flag("--no-prefetch", arguments->no_prefetch, "Do not read a recorded working set ahead");
