@@ -504,30 +504,29 @@ Result<> Worker::KnowChildren() {
 // tell) any new child may be it, and one that has ended is waited for in vain.
 void Worker::FindForkedChild(Fd uffd, const ThreadCalls& calls) {
   constexpr Nanos kLimit(100'000'000);
-  std::vector<Pid> forking;
-  std::vector<std::optional<Nanos>> ran;
+  struct Forker {
+    Pid thread;
+    std::optional<Nanos> ran;  // when first looked at late, if it ran or waited for a CPU then
+  };
+  std::vector<Forker> forking;
   for (const BlockedCall& call : calls.blocked) {
-    if (!call.waits_for_event || !Forks(call)) continue;
-    forking.push_back(call.thread);
-    ran.push_back(RunTimeIfRunnable(pid_, call.thread));
+    if (call.waits_for_event && Forks(call)) forking.push_back({call.thread, std::nullopt});
   }
   // What of fork comes after the event takes far less of a CPU than this, but getting one may take
   // long.
-  const auto lacks_cpu = [&] {
+  const auto lacks_cpu = [this](Forker& forker) {
     constexpr int64_t kRestOfFork = 5'000'000;
-    for (size_t i = 0; i < forking.size(); ++i) {
-      const auto now = RunTimeIfRunnable(pid_, forking[i]);
-      if (now && now->value - ran[i].value_or(*now).value < kRestOfFork) return true;
-    }
-    return false;
+    const auto now = RunTimeIfRunnable(pid_, forker.thread);
+    if (!forker.ran) forker.ran = now;
+    return now && now->value - forker.ran->value < kRestOfFork;
   };
   const Nanos began = MonotonicNow();
   for (;;) {
-    const bool born =
-        std::ranges::any_of(forking, [&](Pid thread) { return !MayBeForking(pid_, thread); });
+    const bool born = std::ranges::any_of(
+        forking, [&](const Forker& f) { return !MayBeForking(pid_, f.thread); });
     std::vector<Pid> children;
-    for (const Pid thread : forking) {
-      const std::vector<Pid> its = ReadChildrenOf(pid_, thread);
+    for (const Forker& forker : forking) {
+      const std::vector<Pid> its = ReadChildrenOf(pid_, forker.thread);
       children.insert(children.end(), its.begin(), its.end());
     }
     if (forking.empty()) {
@@ -543,7 +542,8 @@ void Worker::FindForkedChild(Fd uffd, const ThreadCalls& calls) {
     }
     const Nanos waited = MonotonicNow() - began;
     const bool late = waited > kLimit;
-    if (born || (late && (waited > kLongestHoldOfStarved || !lacks_cpu()))) return;
+    if (born || waited > kLongestHoldOfStarved) return;
+    if (late && std::ranges::none_of(forking, lacks_cpu)) return;
     SleepFor(Nanos(late ? 1'000'000 : 50'000));
   }
 }

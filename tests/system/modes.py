@@ -129,14 +129,20 @@ def zoo_lazy(story):
     zoo.end()
 
 
+def start_redis(story):
+    """With some 40 MB and no client; the server and the digest of its keys."""
+    server = Redis(story)
+    client = server.client()
+    client("DEBUG", "POPULATE", 40_000, "key", 800)
+    client.close()
+    digest = server.digest()
+    server.disconnected()
+    return server, digest
+
+
 def redis(how, *form):
     def story(story):
-        server = Redis(story)
-        client = server.client()
-        client("DEBUG", "POPULATE", 40_000, "key", 800)
-        client.close()
-        digest = server.digest()
-        server.disconnected()
+        server, digest = start_redis(story)
         before = footprint(server.program.pid)
         image = story.dump(server.program, "image", *form)
         story.restore(server.program, image, *mode(how))
@@ -196,12 +202,12 @@ def jvm_eager(story):
     jvm("eager")(story)
 
 
-def maps_stay(story, program, *form):
+def maps_stay(story, program):
     """Stopped, so that the program itself changes nothing: the map list in each mode is that of the dump."""
     os.kill(program.pid, signal.SIGSTOP)
     poll(lambda: state(program.pid) == "T", "the program is stopped")
     before = footprint(program.pid)
-    image = story.dump(program, "image", *form)
+    image = story.dump(program, "image")
     for how in MODES:
         story.restore(program, image, *mode(how))
         story.wait_ready(program)
@@ -217,12 +223,7 @@ def maps_stay(story, program, *form):
 
 
 def maps_of_redis(story):
-    server = Redis(story)
-    client = server.client()
-    client("DEBUG", "POPULATE", 40_000, "key", 800)
-    client.close()
-    digest = server.digest()
-    server.disconnected()
+    server, digest = start_redis(story)
     maps_stay(story, server.program)
     demand(server.digest() == digest, "the digest differs")
     kill(server.program)
