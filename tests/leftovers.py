@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Says what a test run left behind: processes, mounts, temporary files.
+"""Says what a test run left behind: processes, mounts, swap files, temporary files.
 
   leftovers.py snapshot FILE   before the run: what there is already
   leftovers.py check TMPDIR    after it: one line for each thing left, exit code 1 if any
-  leftovers.py clean TMPDIR    ends and unmounts what is left
+  leftovers.py clean TMPDIR    ends, unmounts and takes out of use what is left
 
 A process is of the run when UNMOOR_TEST_MARK in its environment is ours; programs that CRIU restored
 and the agents beside them have it as well. A zombie has no environment: it counts when it was started
@@ -17,13 +17,19 @@ import signal
 import sys
 import time
 
-ZOMBIE_NAMES = ("churn", "zoo", "tree", "unmoor", "criu", "redis-server", "java")
+ZOMBIE_NAMES = ("churn", "zoo", "tree", "faulter", "unmoor", "criu", "redis-server", "java")
 PATIENCE_SECONDS = 15
 
 
 def mounts():
     with open("/proc/self/mountinfo") as file:
         return sorted(line.split()[4] for line in file)
+
+
+def swaps(folder):
+    """Swap files in use below it."""
+    with open("/proc/swaps") as file:
+        return [line.split()[0] for line in file if line.startswith(folder)]
 
 
 def ticks_since_boot():
@@ -76,6 +82,7 @@ def leftovers(tmpdir):
             old.remove(mount)
         elif mount.startswith(tmpdir) or "criu" in mount:
             found.append(f"mount {mount}")
+    found += [f"swap {path}" for path in swaps(tmpdir)]
     for name in sorted(os.listdir(tmpdir)):
         if name not in ("before.json", "runtime"):
             found.append(f"temporary file {os.path.join(tmpdir, name)}")
@@ -104,6 +111,8 @@ def clean(tmpdir):
     for mount in reversed(mounts()):
         if mount not in old and mount.startswith(tmpdir):
             os.system(f"umount '{mount}'")
+    for path in swaps(tmpdir):
+        os.system(f"swapoff '{path}'")
     return 0
 
 
