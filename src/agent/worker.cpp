@@ -34,6 +34,7 @@ constexpr Nanos kStopTogetherLate(500'000'000);
 constexpr Nanos kLate(5'000'000'000);
 constexpr Nanos kBorrowPatience(60'000'000'000);
 constexpr Nanos kBorrowPause(5'000'000);
+constexpr Nanos kAsidePatience(2'000'000'000);  // of whoever asks: hold_off.h
 
 }  // namespace
 
@@ -341,8 +342,16 @@ Result<> Worker::End() {
 
 Result<> Worker::StepAside() {
   // With no event left the program can be stopped without reading one, once the helper is gone.
-  bool changed = false;
-  UNMOOR_TRY(HandleEventsStopped(changed));
+  // Each hold in vain makes the next one longer.
+  for (const Nanos began = MonotonicNow();;) {
+    bool changed = false;
+    const auto held = HandleEventsStopped(changed);
+    if (held) break;
+    const bool late = MonotonicNow() - began > kAsidePatience;
+    if (held.error().errnum() != EAGAIN || late || program_ended()) return held;
+    UNMOOR_TRY(HandleEvents());
+    Pause(kBorrowPause);
+  }
   staging_.Reset();
   link_.Close();
   UNMOOR_TRY(WaitForExit(link_.pidfd(), kStopLimit, -1));

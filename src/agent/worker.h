@@ -265,6 +265,7 @@ class Worker final : public Carrier {
   // While an area is put back it is areas_[0].
   std::optional<Mirror> put_back_mirror_;  // not among mirrors_: it maps the layer
   Fd put_back_file_;
+  Nanos put_back_patience_ = {};
   std::vector<std::byte> put_back_bytes_[2];
   std::set<uint64_t> cuts_;  // where VMAs may have been shortened, not looked at yet
   Bytes dropped_bytes_;

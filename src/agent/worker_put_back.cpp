@@ -26,6 +26,7 @@
 #include "os/file.h"
 #include "os/own_memory.h"
 #include "os/pagemap.h"
+#include "os/process_control.h"
 #include "os/procfs.h"
 #include "os/remote_memory.h"
 #include "os/userfaultfd.h"
@@ -38,6 +39,7 @@ constexpr Bytes kMostBatch(uint64_t{32} << 20);
 constexpr uint64_t kMostDiffering = 4;  // of the pages of a block, one in so many
 constexpr size_t kMostPieces = 16;      // of a window, as in the remap
 constexpr int kAttempts = 20;
+constexpr Nanos kBusyPatience(3'000'000'000);  // for threads that do not stop, of all windows
 constexpr size_t kSpareMaps = 256;  // for mirrors, and for what the program maps meanwhile
 constexpr Nanos kBusyPause(1'000'000);
 
@@ -65,6 +67,7 @@ Result<> Worker::PutBack(const std::vector<ShownByLayer>& ranges) {
   UNMOOR_TRY(CheckNoPinnedMemory());
   UNMOOR_ASSIGN(const std::vector<VmaInfo> vmas, ReadSmaps(pid_));
   Pacer pacer(options_.max_pause, kFirstBatch, kMostBatch);
+  put_back_patience_ = kBusyPatience;
   size_t mappings = vmas.size() + kSpareMaps;
   for (const ShownByLayer& shown : ranges) {
     const auto vma = std::ranges::find_if(vmas, [&](const VmaInfo& v) {
@@ -202,9 +205,12 @@ Result<bool> Worker::CompareBlock(VaddrRange block, const RangeSet& own) {
   return true;
 }
 
-// Of blocks compared since their baseline; or nothing, where that is not sure.
+// Of blocks compared since their baseline; or nothing, where that is not sure. On a busy machine a
+// thread may lack a CPU to stop on: to wait for it costs the program less than to have the dump
+// read everything while nothing runs.
 Result<> Worker::ExchangePieces(std::span<const Piece> pieces, Pacer& pacer) {
   for (int attempt = 0; attempt < kAttempts && !program_ended(); ++attempt) {
+    const Nanos began = MonotonicNow();
     UNMOOR_TRY(HandleEvents());
     for (const Piece& piece : pieces) {
       UNMOOR_ASSIGN(const std::vector<VaddrRange> written, OwnPages(piece.range, true));
@@ -222,6 +228,8 @@ Result<> Worker::ExchangePieces(std::span<const Piece> pieces, Pacer& pacer) {
         break;
       case SwapResult::kBusy:
         Pause(kBusyPause);
+        if (put_back_patience_ > Nanos(0)) --attempt;
+        put_back_patience_ = put_back_patience_ - (MonotonicNow() - began);
         break;
     }
   }
