@@ -57,7 +57,7 @@ struct RemapReport {
   uint64_t guarded = 0;  // of these, windows in which threads ran on (guard kFault)
   uint64_t aborted = 0;  // windows given up (a thread would not stop, too much was written)
   Nanos longest_pause;   // first thread asked to stop until last thread released
-  Nanos elapsed;
+  Nanos elapsed;         // since its remap began
   Bytes verified;        // of the bytes copied from layers, held against their hashes
   double copy_rate = 0;  // bytes a second, copying and swapping only
 };

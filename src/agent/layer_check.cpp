@@ -13,7 +13,7 @@
 namespace unmoor {
 namespace {
 
-constexpr uint64_t kReadAtOnce = uint64_t{256} << 10;  // stays in the cache
+constexpr uint64_t kAtOnce = uint64_t{256} << 10;  // stays in the cache
 
 }  // namespace
 
@@ -30,7 +30,7 @@ LayerCheck::LayerCheck(int file, const VmaInfo& mapping, bool hashes)
   unchecked_ = layer ? "" : layer.error().message();
   if (!layer) return;
   layer_ = std::move(*layer);
-  buffer_.resize(kReadAtOnce);
+  buffer_.resize(kBlockSize);
 }
 
 Result<LayerReader> LayerCheck::OpenIndex(int file) const {
@@ -123,13 +123,16 @@ Result<std::vector<LayerCheck::Damage>> LayerCheck::Look(FileRange range, FileOf
   };
   for (FileOffset at = std::max(checked, FileOffset(AlignDown(range.begin.value, kBlockSize)));
        at < end;) {
-    const Bytes size(std::min(kReadAtOnce, (end - at).value));
-    auto read = ReadExactlyAt(file_, std::span(buffer_).first(size.value), at, path_);
+    const FileOffset piece_end(AlignDown(at.value, kAtOnce) + kAtOnce);
+    const Bytes size = std::min(piece_end, end) - at;
+    const auto seen = window_.Look(file_, {at, at + size});
     for (uint64_t i = 0; i < size.value; i += kBlockSize) {
       const FileOffset block = at + Bytes(i);
-      const auto bytes = std::span(buffer_).subspan(i, kBlockSize);
+      const auto bytes =
+          seen.empty() ? std::span<const std::byte>(buffer_) : seen.subspan(i, kBlockSize);
       // Which of them could not be read.
-      const Result<> alone = read ? Result<>() : ReadExactlyAt(file_, bytes, block, path_);
+      const Result<> alone =
+          seen.empty() ? ReadExactlyAt(file_, buffer_, block, path_) : Result<>();
       if (!alone) {
         const int errnum = alone.error().errnum();
         if (errnum != 0 && errnum != EIO) return Failure(alone.error());

@@ -16,6 +16,7 @@
 
 #include "base/result.h"
 #include "base/units.h"
+#include "image/file_window.h"
 #include "image/layer_reader.h"
 #include "os/procfs.h"
 
@@ -57,6 +58,7 @@ class LayerCheck {
   std::string path_;
   std::string unchecked_ = "not looked for";
   std::optional<LayerReader> layer_;
+  FileWindow window_;
   std::vector<std::byte> buffer_;
   std::set<FileRange> zeros_;  // found missing, and right
 };

@@ -45,7 +45,6 @@ Worker::Worker(Pid pid, const AgentOptions& options, OnFork on_fork, Legacy lega
       stop_(*stop_owner_),
       options_(options),
       on_fork_(std::move(on_fork)),
-      began_(MonotonicNow()),
       memory_room_(pid),
       dropped_(std::move(legacy.dropped)),
       unreplaced_(std::move(legacy.unreplaced)),
@@ -401,6 +400,7 @@ bool Worker::program_ended() const {
 }
 
 Result<> Worker::Run() {
+  if (!remap_began_) remap_began_ = MonotonicNow();
   const bool huge = MayUseHugePages(options_.thp);
   Remapper remapper(*this, options_.max_pause, huge);
   auto result = remapper.Run([&](const RemapCounts& counts) {
@@ -461,7 +461,7 @@ RemapReport Worker::report() const {
   report.aborted = counts_.aborted;
   report.longest_pause = std::max(counts_.longest_pause, longest_hold_);
   report.verified = verified_;
-  report.elapsed = MonotonicNow() - began_;
+  if (remap_began_) report.elapsed = MonotonicNow() - *remap_began_;
   if (report.elapsed.value > 0) {
     report.copy_rate =
         static_cast<double>(report.done.value) * 1e9 / static_cast<double>(report.elapsed.value);

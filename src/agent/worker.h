@@ -230,8 +230,8 @@ class Worker final : public Carrier {
   std::function<bool()> asked_;
   uint64_t start_time_ = 0;
   std::string name_;
-  bool nested_ = false;  // in a PID namespace below ours
-  Nanos began_;
+  bool nested_ = false;               // in a PID namespace below ours
+  std::optional<Nanos> remap_began_;  // not the watch before it
   Fd pidfd_;
   Fd pagemap_;
   Fd maps_;

@@ -1,50 +1,27 @@
 // See verified_pages.h.
 #include "image/verified_pages.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 
 #include "os/file.h"
-#include "os/own_memory.h"
 
 namespace unmoor {
 namespace {
 
-const std::byte* BytesAt(Vaddr at) {
-  return reinterpret_cast<const std::byte*>(at.value);  // SAFETY: in a window of ours
+FileOffset WindowOf(FileOffset at) {
+  return FileOffset(AlignDown(at.value, FileWindow::kSize));
 }
 
 }  // namespace
 
-VerifiedPages::~VerifiedPages() {
-  for (const auto& [layer, window] : windows_) {
-    if (!window.room.empty()) (void)UnmapMemory(window.room);
-  }
-}
-
 Result<std::span<const std::byte>> VerifiedPages::Look(const LayerReader& layer, Window& window,
                                                        FileRange blocks) {
-  const FileOffset wanted(AlignDown(blocks.begin.value, kWindow));
-  if (window.room.empty()) window.room = ReserveAddresses(Bytes(kWindow), 0).value_or(VaddrRange());
-  if (window.shows != wanted) {
-    window.verified.reset();
-    window.shows = wanted;
-    const bool mapped =
-        !window.room.empty() &&
-        MapFilePrivately(layer.pages_fd().get(), wanted, window.room, PROT_READ, MapAt::kReplace);
-    if (!mapped) window.shows = FileOffset(~uint64_t{0});
-  }
-  if (window.shows == wanted) {
-    const Vaddr at = window.room.begin + (blocks.begin - wanted);
-    if (PopulateForReading({at, at + blocks.size()})) {
-      return std::span(BytesAt(at), blocks.size().value);
-    }
-  }
+  if (!window.file.Shows(WindowOf(blocks.begin))) window.verified.reset();
+  const auto seen = window.file.Look(layer.pages_fd().get(), blocks);
+  if (!seen.empty()) return seen;
   // Which also tells what is wrong.
   buffer_.resize(blocks.size().value);
   window.verified.reset();
-  window.shows = FileOffset(~uint64_t{0});
   UNMOOR_TRY(ReadExactlyAt(layer.pages_fd().get(), buffer_, blocks.begin, layer.pages_path()));
   return std::span<const std::byte>(buffer_);
 }
@@ -83,12 +60,10 @@ Result<std::span<const std::byte>> VerifiedPages::At(uint32_t layer, FileRange r
   UNMOOR_ASSIGN(const std::span<const std::byte> bytes, Look(reader, window, blocks));
   for (uint64_t at = 0; at < bytes.size(); at += kBlockSize) {
     const FileOffset offset = blocks.begin + Bytes(at);
-    const size_t number = offset.value % kWindow / kBlockSize;
+    const size_t number = offset.value % FileWindow::kSize / kBlockSize;
     if (window.verified.test(number)) continue;
     UNMOOR_TRY(reader.CheckBlock(offset, bytes.subspan(at, kBlockSize)));
-    if (!window.room.empty() && window.shows.value == AlignDown(offset.value, kWindow)) {
-      window.verified.set(number);
-    }
+    if (window.file.Shows(WindowOf(offset))) window.verified.set(number);
   }
   return bytes.subspan((part.begin - blocks.begin).value, part.size().value);
 }

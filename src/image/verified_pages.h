@@ -5,10 +5,9 @@
 // that moves along (one for each layer). Where that does not work they are read into a buffer. Of a
 // packed layer a frame is decompressed, and kept until kFrames others have been (in all, not for
 // each layer: a piece of memory is made of a few). A block that cannot be read whole, or does not
-// match, is an error that names the file and the offset; never zeros. A page that the kernel drops
-// and then cannot read again, within the moment in which it is used, ends the process (SIGBUS).
-// One thread. Document: docs/format.md, "Hash". Single blocks, asked for anywhere:
-// verified_blocks.h.
+// match, is an error that names the file and the offset; never zeros. See file_window.h for what
+// can end the process. One thread. Document: docs/format.md, "Hash". Single blocks, asked for
+// anywhere: verified_blocks.h.
 #pragma once
 
 #include <bitset>
@@ -19,6 +18,7 @@
 
 #include "base/result.h"
 #include "base/units.h"
+#include "image/file_window.h"
 #include "image/layer_source.h"
 #include "image/layout.h"
 
@@ -34,18 +34,15 @@ class VerifiedPages {
   explicit VerifiedPages(const LayerSources& layers) : layers_(layers) {}
   VerifiedPages(const VerifiedPages&) = delete;
   VerifiedPages& operator=(const VerifiedPages&) = delete;
-  ~VerifiedPages();
 
   // What of `range` lies in the same kMost-aligned piece as its first page, or of a packed layer in
   // the same frame; until the next call.
   [[nodiscard]] Result<std::span<const std::byte>> At(uint32_t layer, FileRange range);
 
  private:
-  static constexpr uint64_t kWindow = kHugePageSize;
   struct Window {
-    VaddrRange room;  // empty: none to be had
-    FileOffset shows{~uint64_t{0}};
-    std::bitset<kWindow / kBlockSize> verified;
+    FileWindow file;
+    std::bitset<FileWindow::kSize / kBlockSize> verified;
   };
   struct Frame {
     uint32_t layer = 0;
