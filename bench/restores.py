@@ -116,7 +116,21 @@ class RestoreCases:
                     self.restore_measured("restore", program, way, folders[way.image], cache, number,
                                           rss=number == 0 and mib >= 64)
             self.remove_all(folders)
+        self.restore_sparse(null_program, null, null_folder)
         self.remove_all({"null": null_folder})
+
+    def restore_sparse(self, null_program, null, null_folder):
+        """As large as few machines have memory and disk for: one page of each 2 MiB is there."""
+        mib, rounds, seconds = (4096, 2, 5) if self.quick else (16384, 8, 40)
+        program = Touch(self.stage, "sparse", mib, of=512)
+        ways = {name: way for name, way in self.ways().items() if name in ("direct", "stock")}
+        folders = self.dump_all(program, ways)
+        for number, name in self.each_round(self.rounds or rounds, ["null", *ways], seconds):
+            if name == "null":
+                self.restore_measured("sparse", null_program, null, null_folder, "warm", number, beside=mib)
+            else:
+                self.restore_measured("sparse", program, ways[name], folders[ways[name].image], "warm", number)
+        self.remove_all(folders)
 
     def probing_way(self):
         return Stock(self.stage, "stock-probing", "stock CRIU, asking the kernel", probing=True)

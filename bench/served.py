@@ -54,13 +54,13 @@ class Touch:
     HEAD = struct.Struct("<10Q")
     BYTES = HEAD.size + 4 * (1 << 20)
 
-    def __init__(self, stage, name, mib):
+    def __init__(self, stage, name, mib, of=1):
         self.stage, self.mib, self.name = stage, mib, name
-        self.bytes = mib * MIB
+        self.bytes = mib * MIB // of
         board = os.path.join(stage.shared, f"{name}.board")
         with contextlib.suppress(FileNotFoundError):
             os.remove(board)  # an earlier program's, which says ready
-        self.process = stage.spawn([os.path.join(BUILD, "bench/bench_touch"), "--mib", mib, "--board", board])
+        self.process = stage.spawn([os.path.join(BUILD, "bench/bench_touch"), "--mib", mib, "--of", of, "--board", board])
         self.pid = self.process.pid
         poll(lambda: os.path.exists(board) and os.path.getsize(board) == self.BYTES, f"{name} to begin")
         with open(board, "r+b") as file:

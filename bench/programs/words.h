@@ -18,13 +18,15 @@ inline uint64_t Word(size_t index, uint64_t generation) {
   return x * 0xBF58476D1CE4E5B9u;
 }
 
-// A heap full of words of generation 0; null: no memory.
-inline uint64_t* MakeWords(size_t mib) {
+// A heap full of words of generation 0, or with one page of so many full of them; null: no memory.
+inline uint64_t* MakeWords(size_t mib, size_t of = 1) {
   void* memory =
       mmap(nullptr, mib << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) return nullptr;
   auto* words = static_cast<uint64_t*>(memory);
-  for (size_t i = 0; i < (mib << 20) / sizeof(uint64_t); ++i) words[i] = Word(i, 0);
+  for (size_t page = 0; page < (mib << 20) / kPage; page += of) {
+    for (size_t i = page * kWords; i < (page + 1) * kWords; ++i) words[i] = Word(i, 0);
+  }
   return words;
 }
 
