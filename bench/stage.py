@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import glob
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ import time
 SOURCE = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 PR_SET_CHILD_SUBREAPER = 36
 TMPFS_MAGIC = 0x01021994
+MADV_POPULATE_WRITE = 23
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -53,6 +55,15 @@ def listens(path):
         except (FileNotFoundError, ConnectionRefusedError):
             return False
     return True
+
+
+def have_memory(mib):
+    """Has so much of what is free here be there. A host that takes what a machine has free (decision 70) gives it back
+    page by page, at ten times the price of a first touch, to whoever comes first."""
+    with mmap.mmap(-1, max(mib, 1) << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            memory.madvise(MADV_POPULATE_WRITE)
 
 
 def find_unmoor():

@@ -280,12 +280,14 @@ struct Child {
   Fd socket;
   Fd uffd;
   bool done = false;
-  bool spare = false;  // its worker has no task yet
+  bool spare = false;    // its worker has no task yet
+  bool missing = false;  // its worker could not be started yet
   bool guarded = false;
   bool recorded = false;
   bool told_to_run = false;  // but not said to run yet
   Nanos began;               // the worker
   int restarts = 0;
+  uint64_t start_time = 0;  // of the program, where its worker is missing
 };
 
 constexpr size_t kMaxSpares = 16;
@@ -297,10 +299,10 @@ class Supervisor {
 
   void AwaitTasks(std::string view) { restore_.emplace(std::move(view)); }
 
-  Result<> Start(WorkerTask task, Fd uffd) {
+  Result<> Start(WorkerTask task) {
     Child child;
     child.task = task;
-    UNMOOR_TRY(Spawn(child, std::move(uffd)));
+    UNMOOR_TRY(Spawn(child));
     children_.push_back(std::move(child));
     return {};
   }
@@ -308,8 +310,11 @@ class Supervisor {
   void Loop() {
     while (!children_.empty() || restore_ || ViewIsLeft()) {
       std::vector<int> fds = {command_.get()};
-      for (const Child& child : children_) fds.push_back(child.socket.get());
-      const bool idle = untold_.empty() && ended_.empty() && !(children_.empty() && done_restore_);
+      bool idle = untold_.empty() && ended_.empty() && !(children_.empty() && done_restore_);
+      for (const Child& child : children_) {
+        if (child.socket.valid()) fds.push_back(child.socket.get());
+        idle = idle && !child.missing;
+      }
       const auto ready = WaitAnyReadable(fds, idle ? Nanos(-1) : kLookAgain);
       if (!ready) return;
       for (const int fd : *ready) {
@@ -319,7 +324,9 @@ class Supervisor {
           OnWorker(fd);
         }
       }
-      children_.remove_if([](const Child& child) { return !child.socket.valid(); });
+      StartMissing();
+      children_.remove_if(
+          [](const Child& child) { return !child.socket.valid() && !child.missing; });
       std::erase_if(ended_, [](Pid worker) { return ReapChild(worker).has_value(); });
       TellUntold();
     }
@@ -332,18 +339,16 @@ class Supervisor {
   }
 
  private:
-  // `uffd` stays with us too, so that its events wait whatever becomes of the worker.
-  Result<> Spawn(Child& child, Fd uffd) {
+  // Its userfaultfd stays with us too, so that the events wait whatever becomes of the worker.
+  Result<> Spawn(Child& child) {
+    UNMOOR_TRY(FaultPoint("agent.start_worker"));
     UNMOOR_ASSIGN(StreamPair pair, CreateMessagePair());
-    if (uffd.valid()) {
-      UNMOOR_ASSIGN(child.uffd, Duplicate(uffd.get()));
-    }
     UNMOOR_ASSIGN(const Pid pid, ForkProcess());
     if (pid.value == 0) {
       // Only what this worker needs: a descriptor of another program's would outlive its worker.
       const WorkerTask task = child.task;
       const bool spare = child.spare;
-      child.uffd.Reset();
+      Fd uffd = std::move(child.uffd);
       children_.clear();  // `child` may be one of them
       command_.Reset();
       restore_.reset();
@@ -354,7 +359,29 @@ class Supervisor {
     child.worker = pid;
     child.began = MonotonicNow();
     child.socket = std::move(pair.ours);
+    child.missing = false;
     return {};
+  }
+
+  // Of a program that runs: no memory, or no process to be had, may pass. As long as we hold its
+  // userfaultfd, who gives memory back waits.
+  void StartLater(Child& child, const Error& error) {
+    spdlog::error("no worker for process {} yet: {}", child.task.task.pid.value, error.message());
+    child.missing = true;
+    const auto process = ReadProcess(child.task.task.pid);
+    child.start_time = process ? process->start_time : 0;
+  }
+
+  void StartMissing() {
+    for (Child& child : children_) {
+      if (!child.missing) continue;
+      const auto process = ReadProcess(child.task.task.pid);
+      if (process && child.start_time == 0) child.start_time = process->start_time;
+      const bool ended = process ? process->ended() || process->start_time != child.start_time
+                                 : process.error().errnum() == ENOENT;
+      if (ended) child.missing = false;
+      if (!ended) (void)Spawn(child);
+    }
   }
 
   // The command removes it as soon as the program runs, unless it dies.
@@ -400,7 +427,7 @@ class Supervisor {
     for (size_t i = 0; i < std::min(tasks, kMaxSpares); ++i) {
       Child child;
       child.spare = true;
-      if (!Spawn(child, Fd())) break;
+      if (!Spawn(child)) break;
       children_.push_back(std::move(child));
     }
     ForgetEndedProcesses();
@@ -413,7 +440,7 @@ class Supervisor {
       spare->spare = false;
       spare->task = {task, false};
       (void)PostMessage(spare->socket.get(), message);
-    } else if (const auto started = Start({task, false}, Fd()); !started) {
+    } else if (const auto started = Start({task, false}); !started) {
       SayThatItFailed(task.pid, started.error().message());
     }
   }
@@ -497,10 +524,10 @@ class Supervisor {
         if (restore_) return ResumeOnceGuarded();
         break;
       case Kind::kForked: {
-        const WorkerTask task{{Pid{(*message)->pid}, false, false}, true};
-        if (const auto started = Start(task, std::move(passed)); !started) {
-          spdlog::error("{}", started.error().message());
-        }
+        Child& born = children_.emplace_back();
+        born.task = {{Pid{(*message)->pid}, false, false}, true};
+        born.uffd = std::move(passed);
+        if (const auto started = Spawn(born); !started) StartLater(born, started.error());
         return;
       }
       case Kind::kFinished:
@@ -551,13 +578,10 @@ class Supervisor {
     child.task.again = true;
     child.guarded = child.recorded = false;
     // The helper sees its worker gone and leaves; the events wait in the userfaultfd.
-    Fd uffd = std::move(child.uffd);
-    if (const auto spawned = Spawn(child, std::move(uffd)); !spawned) {
-      spdlog::error("{}", spawned.error().message());
-      if (child.task.task.stopped) {
-        SayThatItFailed(child.task.task.pid, spawned.error().message());
-      }
-    }
+    const auto spawned = Spawn(child);
+    if (spawned) return;
+    if (!child.task.task.stopped) return StartLater(child, spawned.error());
+    SayThatItFailed(child.task.task.pid, spawned.error().message());
   }
 
   AgentOptions options_;
@@ -621,13 +645,14 @@ Result<SupervisorHandle> StartSupervisor(const std::vector<SupervisorTask>& task
   UNMOOR_ASSIGN(StreamPair pair, CreateMessagePair());
   UNMOOR_ASSIGN(auto handle, ForkAgent(pair, std::array{pair.theirs.get()}, options));
   if (handle) return *std::move(handle);
+  AllowMoreDescriptors();      // two for each process that is forked meanwhile
   if (view) TakeShortTurns();  // until the program runs
   IgnoreSignal();              // meant for a worker that has just died
   Supervisor supervisor(options, std::move(pair.theirs));
   if (view) supervisor.AwaitTasks(*view);
   if (!view) ForgetEndedProcesses();
   for (const SupervisorTask& task : tasks) {
-    if (const auto started = supervisor.Start({task, false}, Fd()); !started) ExitProcess(1);
+    if (const auto started = supervisor.Start({task, false}); !started) ExitProcess(1);
   }
   supervisor.Loop();
   ForgetEndedProcesses();  // what killed workers left there too

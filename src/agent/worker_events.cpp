@@ -500,8 +500,8 @@ Result<> Worker::KnowChildren() {
 }
 
 // The child is that of a thread which waited in fork before the event was read and has gone on
-// since. One that has ended already needs no agent. Without knowing the threads (the kernel may not
-// tell) any new child may be it, and one that has ended is waited for in vain.
+// since. One that has ended already needs no agent. Without knowing the thread (on a busy machine
+// it may not have been seen asleep) it may be any that may be in fork, and its child any new one.
 void Worker::FindForkedChild(Fd uffd, const ThreadCalls& calls) {
   constexpr Nanos kLimit(100'000'000);
   struct Forker {
@@ -512,24 +512,38 @@ void Worker::FindForkedChild(Fd uffd, const ThreadCalls& calls) {
   for (const BlockedCall& call : calls.blocked) {
     if (call.waits_for_event && Forks(call)) forking.push_back({call.thread, std::nullopt});
   }
+  const bool known = !forking.empty();
+  const auto may_be_forking = [this](const Forker& f) { return MayBeForking(pid_, f.thread); };
+  if (!known) {
+    const auto threads = ReadThreads(pid_);
+    if (!threads) return;
+    for (const Pid thread : *threads) forking.push_back({thread, std::nullopt});
+    std::erase_if(forking, std::not_fn(may_be_forking));
+  }
   // What of fork comes after the event takes far less of a CPU than this, but getting one may take
-  // long.
-  const auto lacks_cpu = [this](Forker& forker) {
-    constexpr int64_t kRestOfFork = 5'000'000;
+  // long, as may what is held by somebody who lacks one. To sleep in a fork with no event waiting
+  // is to sleep in the rest of that one.
+  const auto is_held_up = [this](Forker& forker) {
+    constexpr int64_t kRestOfFork = 20'000'000;
     const auto now = RunTimeIfRunnable(pid_, forker.thread);
+    if (!now) {
+      return MayBeForking(pid_, forker.thread) &&
+             !WaitReadable(uffd_.get(), Nanos(0)).value_or(true);
+    }
     if (!forker.ran) forker.ran = now;
-    return now && now->value - forker.ran->value < kRestOfFork;
+    return now->value - forker.ran->value < kRestOfFork;
   };
   const Nanos began = MonotonicNow();
   for (;;) {
-    const bool born = std::ranges::any_of(
-        forking, [&](const Forker& f) { return !MayBeForking(pid_, f.thread); });
+    // Looked at before the children are.
+    const bool born = known ? !std::ranges::all_of(forking, may_be_forking)
+                            : std::ranges::none_of(forking, may_be_forking);
     std::vector<Pid> children;
     for (const Forker& forker : forking) {
       const std::vector<Pid> its = ReadChildrenOf(pid_, forker.thread);
       children.insert(children.end(), its.begin(), its.end());
     }
-    if (forking.empty()) {
+    if (!known) {
       const auto all = ReadChildren(pid_);
       if (!all) return;
       children = *all;
@@ -543,7 +557,7 @@ void Worker::FindForkedChild(Fd uffd, const ThreadCalls& calls) {
     const Nanos waited = MonotonicNow() - began;
     const bool late = waited > kLimit;
     if (born || waited > kLongestHoldOfStarved) return;
-    if (late && std::ranges::none_of(forking, lacks_cpu)) return;
+    if (late && std::ranges::none_of(forking, is_held_up)) return;
     SleepFor(Nanos(late ? 1'000'000 : 50'000));
   }
 }

@@ -83,9 +83,10 @@ void WaitUntraced(Pid pid) {
   }
 }
 
+// Of a program: one without memory, as a kernel thread is, is just ending.
 bool HasEnded(Pid pid) {
   const auto info = ReadProcess(pid);
-  return !info || info->ended();
+  return !info || info->ended() || info->kernel_thread;
 }
 
 // An agent of ours lets go by itself once the process is READY.
@@ -327,8 +328,7 @@ Result<> Dumper::WriteBeforeFreeze() {
 Result<> Dumper::FinishRemap() {
   UNMOOR_ASSIGN(const std::vector<Pid> tree, ReadTree(options_.pid));
   for (const Pid pid : tree) {
-    const auto info = ReadProcess(pid);
-    if (!info || info->state == 'Z' || info->kernel_thread) continue;
+    if (HasEnded(pid)) continue;
     const auto done = FinishRemapOf(pid);
     if (!done && pid != options_.pid && HasEnded(pid)) continue;  // a child that lived for a moment
     UNMOOR_TRY(done);

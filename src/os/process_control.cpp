@@ -5,6 +5,7 @@
 #include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -160,6 +161,13 @@ void TakeShortTurns(bool on) {
   if (attributes.policy != SCHED_OTHER) return;
   attributes.runtime = on ? kShortTurn : 0;
   (void)::syscall(SYS_sched_setattr, 0, &attributes, 0);
+}
+
+void AllowMoreDescriptors() {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  (void)::setrlimit(RLIMIT_NOFILE, &limit);
 }
 
 Pid OwnPid() {

@@ -47,6 +47,8 @@ void KillDescendants();
 // answering, not for long work: that would go before the threads of a program in the same way.
 void TakeShortTurns(bool on = true);
 
+// As many as the limit may be raised to (RLIMIT_NOFILE), for us and those we start.
+void AllowMoreDescriptors();
 [[nodiscard]] Pid OwnPid();
 [[nodiscard]] Pid ParentPid();
 // While it lives the calling thread goes before all ordinary ones (SCHED_FIFO). Without the right

@@ -11,8 +11,9 @@ import subprocess
 import tempfile
 import time
 
-from harness import (LATER, READY, UNMOOR, USER_MISTAKE, children, demand, differences, footprint, is_alive, main, poll,
-                     read_proc, state, tree_bytes)
+from chains import Scripted
+from harness import (LATER, READY, UNMOOR, USER_MISTAKE, Program, children, demand, differences, footprint, is_alive,
+                     main, poll, read_proc, state, tree_bytes)
 
 # Not so fast that it keeps from the CPU what is tested.
 MODEST = ("--threads", 2, "--rate", 20000)
@@ -132,6 +133,32 @@ def worker_fails(story):
     kill(churn.pid)
     churn.await_gone()
     poll(lambda: not story.agents(), "the agent to end with its program")
+
+
+def worker_cannot_start(story):
+    """No process to be had for the worker of a forked child, nor for a dead worker's successor: who gives memory
+    back waits until there is one, and reads zeros then."""
+    program = Scripted(story)
+    program.do("areas['a'] = Area(16); areas['a'].fill(0, 4096, 1)")
+    image = story.dump(program, "image")
+    passages = [*range(2, 60), *range(62, 120)]
+    story.restore(program, image, "--remap", "off",
+                  environment={"UNMOOR_FAULT": ",".join(f"agent.start_worker:error@{i}" for i in passages)})
+    program.do("pid = os.fork()\n"
+               "if pid == 0:\n"
+               "    report += '.child'; command += '.child'; last = 0; a = areas['a']\n"
+               "    a.drop(200, 210); tell(done=0)\n"
+               "else: areas['a'].fill(50, 60, 8)")
+    inner = Program(story, program.pid, program.report_path + ".child")
+    poll(lambda: "errors" in inner.report(), "the child has given memory back and verified all")
+    inner.pid = inner.report()["pid"]
+    for pid in workers_and_supervisors(story)[0]:
+        kill(pid)
+    program.do("areas['a'].drop(300, 310)")
+    for member in (program, inner):
+        story.unmoor("remap", "-t", member.pid)
+    shutil.rmtree(image)
+    program.do()
 
 
 def interrupted_remap(sign):
@@ -681,7 +708,7 @@ STORIES = {
     "dump_interrupted_alone": interrupted_dump(signal.SIGINT, False),
     "dump_killed": interrupted_dump(signal.SIGKILL, False),
 }
-for function in (worker_killed_semantics_kept, worker_fails, criu_killed_at_dump, criu_killed_at_restore,
+for function in (worker_killed_semantics_kept, worker_fails, worker_cannot_start, criu_killed_at_dump, criu_killed_at_restore,
                  interrupted_restore, restore_killed, id_of_a_group, restore_killed_when_all_is_done,
                  restore_killed_while_criu_waits, foreground_restore,
                  disk_full_at_dump, disk_full_keeps_the_old_checkpoint, dump_while_direct_mapped,
