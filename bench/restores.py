@@ -12,11 +12,8 @@ import statistics
 import time
 
 from served import Jvm, Redis, Touch, faults, have, smaps
-from stage import Failed, have_memory
+from stage import Failed
 from ways import Stock, all_ways, make_cold, make_warm, popen, read_bytes
-
-SPARE = 64  # MiB
-MOST_BESIDE = 4096
 
 
 def percentile(ordered, share):
@@ -60,7 +57,6 @@ class RestoreCases:
     def restore_measured(self, case, program, way, folder, cache, number, rss=False, thorough=True, beside=None, **told):
         """One restore up to a verified, independent program; the line it gives. `beside`: counts for that size."""
         self.prepare_cache(folder, cache)
-        have_memory(SPARE + (program.bytes >> 20 if beside is None else min(beside, MOST_BESIDE)))
         before = read_bytes()
         running = way.restore(folder, program.pid)
         values = dict(running.values)
@@ -176,7 +172,6 @@ class RestoreCases:
         folders = [folders[way.image] for folders in images]
         for folder in folders:
             self.prepare_cache(folder, cache)
-        have_memory(SPARE + sum(program.bytes for program in programs) // (1 << 20))
         before = read_bytes()
         with self.stage.stock_cache:
             began = time.monotonic()
@@ -221,7 +216,6 @@ class RestoreCases:
         for number, (name, pattern, threads) in self.each_round(self.rounds or rounds, contestants):
             way = ways[name]
             self.prepare_cache(folders[way.image], "warm")
-            have_memory(SPARE + mib)
             running = way.restore(folders[way.image], program.pid)
             kind, count = patterns[pattern]
             # "recorded": what the working set was made of.

@@ -42,6 +42,8 @@ struct State {
   uint32_t arrived = 0;  // counts acknowledgements
   int32_t signal = 0;
   uint32_t used = 0;
+  uint32_t inside = 0;                   // handlers, each with a slot of its own
+  uint32_t forgetting = 0;               // nobody may begin to use one
   uint64_t installed = 0;                // bit n-1: signal n
   kernel::KernelSigaction before[64]{};  // what each was put in front of
   int32_t events_thread = 0;
@@ -91,11 +93,22 @@ Slot* FindOrAdd(int tid) {
   return &slot;
 }
 
-// Of threads long gone too. A handler that no longer finds its slot returns; its thread is
-// signalled again when the next window lists it.
-void ForgetThreads() {
+void ClearSlots() {
   for (Slot& slot : state.slots) Store(&slot.tid, 0);
   state.used = 0;
+}
+
+// Of threads long gone too. A handler that finds no slot returns; its thread is signalled again
+// when the next window lists it. But one that is still on its way out of an earlier window, for
+// want of a CPU, would acknowledge the next one for whoever has its slot then: so not while any is
+// inside. With no window open they leave; else another window will find nobody.
+void ForgetThreads() {
+  constexpr int64_t kPatience = 100'000'000;
+  const int64_t until = raw::Now() + kPatience;
+  Store(&state.forgetting, 1u);
+  while (Load(&state.inside) != 0 && raw::Now() < until) raw::Sleep(20'000);
+  if (Load(&state.inside) == 0) ClearSlots();
+  Store(&state.forgetting, 0u);
 }
 
 bool IsOwn(int tid) {
@@ -161,9 +174,17 @@ void PassOn(int signal, SignalInfo* info, void* context) {
   }
 }
 
+struct Inside {
+  Inside() { __atomic_add_fetch(&state.inside, 1, __ATOMIC_SEQ_CST); }
+  ~Inside() { __atomic_sub_fetch(&state.inside, 1, __ATOMIC_SEQ_CST); }
+  Inside(const Inside&) = delete;
+  Inside& operator=(const Inside&) = delete;
+};
+
 void FreezeHandler(int signal, SignalInfo* info, kernel::KernelUcontext* context) {
   if (info->code != kSiQueue || info->value != kMagic) return PassOn(signal, info, context);
-  Slot* slot = Find(raw::ThreadId());
+  const Inside inside;
+  Slot* slot = Load(&state.forgetting) == 0 ? Find(raw::ThreadId()) : nullptr;
   if (slot == nullptr) return;
   slot->stack = context->mcontext.rsp;
   slot->alternate = context->stack[0];
@@ -514,7 +535,8 @@ bool VisitUntilSettled(int task_fd, void (*visit)(void* context, const SleepingC
 void ResetAfterFork() {
   if ((state.window & 1) != 0) state.window += 1;
   state.events_thread = state.opener = 0;
-  ForgetThreads();
+  state.inside = 0;
+  ClearSlots();
 }
 
 }  // namespace unmoor::local
