@@ -34,6 +34,7 @@ POINTS = {
 ELSEWHERE = {  # made to fail, or killed at, by the tests named
     "fill.piece": "tests/system/modes.py, eager_restore_killed",
     "agent.begin_again": "tests/system/faults.py, worker_fails",
+    "agent.start_worker": "tests/system/faults.py, worker_cannot_start",
     "kernel.collapse": "tests/system/churn.py, without_huge_pages",
     "kernel.uffdio_move": "tests/system/churn.py, without_uffdio_move",
     "pack.frame": "tests/unit/image/packed_test.cpp",
