@@ -29,13 +29,13 @@ std::span<const std::byte> FileWindow::Look(int fd, FileRange range) {
   if (room_.empty()) return {};
   // A mapping shows zeros behind the end of a file, as far as its last page goes.
   const auto info = StatFd(fd, "");
-  if (!info || static_cast<uint64_t>(info->st_size) < range.end.value) return {};
+  const bool whole = info && static_cast<uint64_t>(info->st_size) >= range.end.value;
+  const bool mapped =
+      whole && (shows_ == begin || MapFilePrivately(fd, begin, room_, PROT_READ, MapAt::kReplace));
   const Vaddr at = room_.begin + (range.begin - begin);
-  const bool shown =
-      shows_ == begin || MapFilePrivately(fd, begin, room_, PROT_READ, MapAt::kReplace);
-  const bool there = shown && PopulateForReading({at, at + range.size()});
-  shows_ = there ? begin : kNothing;
-  if (!there) return {};
+  const bool seen = mapped && PopulateForReading({at, at + range.size()});
+  shows_ = seen ? begin : kNothing;
+  if (!seen) return {};
   // SAFETY: in a mapping of ours.
   return {reinterpret_cast<const std::byte*>(at.value), range.size().value};
 }

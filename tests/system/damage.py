@@ -285,7 +285,7 @@ def damage_everywhere(story):
 def unverified_on_request(story):
     it = Obedient(story)
     it.restore("--remap", "off")
-    time.sleep(0.5)
+    time.sleep(0.5)  # watched for so long
     remap = story.unmoor("remap", "-t", it.pid, "--json")
     report = remap.json()
     demand(report["verified_bytes"] >= PAGES * PAGE, f"all is verified: {report}")
