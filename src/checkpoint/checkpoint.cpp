@@ -83,10 +83,9 @@ void WaitUntraced(Pid pid) {
   }
 }
 
-// Of a program: one without memory, as a kernel thread is, is just ending.
 bool HasEnded(Pid pid) {
   const auto info = ReadProcess(pid);
-  return !info || info->ended() || info->kernel_thread;
+  return !info || info->ending();
 }
 
 // An agent of ours lets go by itself once the process is READY.

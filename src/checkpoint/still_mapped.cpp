@@ -78,7 +78,7 @@ Result<std::string> WhyNotWithoutAgent(Pid pid) {
 Result<std::optional<HoldOff>> Ask(Pid pid) {
   const auto has_ended = [pid] {
     const auto info = ReadProcess(pid);
-    return !info || info->ended() || info->kernel_thread;
+    return !info || info->ending();
   };
   if (has_ended()) return std::optional<HoldOff>();
   auto program = HoldOff::Begin(pid);

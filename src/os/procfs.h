@@ -60,6 +60,8 @@ struct ProcessInfo {
 
   // A zombie, or about to vanish.
   [[nodiscard]] bool ended() const { return state == 'Z' || state == 'X'; }
+  // Of a program: ended, or just ending and without memory (which no kernel thread has either).
+  [[nodiscard]] bool ending() const { return ended() || kernel_thread; }
 };
 
 [[nodiscard]] Result<ProcessInfo> ReadProcess(Pid pid);

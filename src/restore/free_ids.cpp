@@ -21,7 +21,6 @@ struct Taker {
   ProcessInfo process;
   const char* as = "in use by";
 
-  [[nodiscard]] bool ending() const { return process.ended() || process.kernel_thread; }
   [[nodiscard]] std::string Words(Pid id) const {
     const bool itself = process.pid == id;
     if (process.state == 'Z') {
@@ -46,7 +45,7 @@ std::optional<Taker> FindMember(Pid id) {
     const auto process = ReadProcess(pid);
     if (!process) continue;
     Taker taker{*process, group ? "still the process group of" : "still the session of"};
-    if (!taker.ending()) return taker;
+    if (!taker.process.ending()) return taker;
     found = std::move(taker);
   }
   return found;
@@ -64,9 +63,9 @@ Result<> AwaitFreeIds(std::span<const Pid> ids) {
   for (const Pid id : ids) {
     std::optional<Taker> taker = FindTaker(id);
     while (taker) {
-      const Nanos patience = taker->ending() ? kZombiePatience : kDyingPatience;
+      const Nanos patience = taker->process.ending() ? kZombiePatience : kDyingPatience;
       if (MonotonicNow() - begin > patience) {
-        const auto kind = taker->ending() ? ErrorKind::kMachine : ErrorKind::kUser;
+        const auto kind = taker->process.ending() ? ErrorKind::kMachine : ErrorKind::kUser;
         return Failure(Error(kind, 0, taker->Words(id)));
       }
       SleepFor(kLookAgain);

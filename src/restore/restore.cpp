@@ -416,7 +416,7 @@ Result<RestoredTasks> Restorer::FindTasks(const TemporaryView& view) const {
   UNMOOR_ASSIGN(const std::vector<Pid> tree, ReadForkedTree(tasks.root));
   for (const Pid pid : tree) {
     const auto info = ReadProcess(pid);
-    if (!info || info->state == 'Z' || info->kernel_thread) continue;
+    if (!info || info->ending()) continue;
     tasks.alive.push_back(pid);
     const auto vpid =
         static_cast<uint32_t>(info->ns_pids.empty() ? pid.value : info->ns_pids.back());
