@@ -592,15 +592,16 @@ Result<RestoredProgram> Restorer::Run() {
 }  // namespace
 
 Result<std::optional<int>> RestoredProgram::WaitForRoot() {
-  UNMOOR_ASSIGN(InterruptFd interrupt, InterruptFd::Create());
   for (;;) {
-    UNMOOR_ASSIGN(const WaitOutcome outcome, WaitForExit(pidfd_.get(), Nanos(-1), interrupt.get()));
+    UNMOOR_ASSIGN(const WaitOutcome outcome,
+                  WaitForExit(pidfd_.get(), Nanos(-1), interrupt_.get()));
     if (outcome == WaitOutcome::kExited) break;
-    const int signal = interrupt.Take();
+    const int signal = interrupt_.Take();
     // In our own process group the terminal has told the program too: it decides.
     if (signal == SIGINT && ProcessGroup(report_.root) == ProcessGroup(Pid{0})) continue;
     if (signal != 0) return std::optional<int>();
   }
+  interrupt_.TooLate();  // the Ctrl-C that ended the program may be pending for us still
   const std::optional<int> status = ReapChild(report_.root);
   if (!status)
     return std::optional<int>(0);  // somebody else's child: its status is not ours to know
