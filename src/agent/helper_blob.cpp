@@ -18,6 +18,7 @@
 #include <linux/prctl.h>
 #include <linux/ptrace.h>
 #include <linux/userfaultfd.h>
+#include <sys/stat.h>
 
 #include "agent/helper_protocol.h"
 #include "os/kernel_abi.h"
@@ -172,27 +173,38 @@ long OwnIdOf(long task_fd, const char* name) {
   return -kEproto;
 }
 
-// Whether the thread listed as `name` has ended (zombie leaders stay listed).
-bool HasEnded(long task_fd, const char* name) {
+// The state of the thread listed as `name` (zombie leaders stay listed); 'X': it is gone.
+char StateOf(long task_fd, const char* name) {
   char text[512];
   const long size = ReadThreadFile(task_fd, name, "/stat", text, sizeof(text));
-  if (size <= 0) return true;
   long paren = 0;
   for (long i = 0; i < size; ++i) {
     if (text[i] == ')') paren = i;
   }
-  return paren + 2 < size && (text[paren + 2] == 'Z' || text[paren + 2] == 'X');
+  return paren + 2 < size ? text[paren + 2] : 'X';
 }
 
-// Seizes and interrupts every thread not yet in the table. Returns how many, or -errno.
-long SeizeNewThreads(Data& data, long task_fd, bool nested) {
-  long found = 0;
+// The number of threads of the process, with those that have ended and are still listed.
+long ThreadCount(long task_fd) {
+  struct stat status {};
+  const long error = Syscall(__NR_fstat, task_fd, Address(&status));
+  return error < 0 ? error : static_cast<long>(status.st_nlink) - 2;
+}
+
+struct Listing {
+  long found = 0;        // seized now
+  bool watch = false;    // ours is among them
+  char zombie[16] = {};  // one that has ended, and stays listed
+};
+
+// Seizes and interrupts every thread not yet in the table. 0 or -errno.
+long SeizeNewThreads(Data& data, long task_fd, bool nested, Listing& listing) {
   if (Syscall(__NR_lseek, task_fd, 0, 0) < 0) return -kEsrch;
   for (;;) {
     const long bytes = Syscall(__NR_getdents64, task_fd, Address(data.directory_entries),
                                sizeof(data.directory_entries));
     if (bytes < 0) return bytes;
-    if (bytes == 0) return found;
+    if (bytes == 0) return 0;
     for (long at = 0; at < bytes;) {
       // SAFETY: the kernel fills the buffer with such records.
       const auto* entry = reinterpret_cast<const DirectoryEntry*>(data.directory_entries + at);
@@ -209,20 +221,35 @@ long SeizeNewThreads(Data& data, long task_fd, bool nested) {
         int i = 0;  // ours; it stays free to act
         for (; entry->name[i] != 0 && i < 15; ++i) data.watch_name[i] = entry->name[i];
         data.watch_name[i] = 0;
+        listing.watch = true;
         continue;
       }
       if (data.thread_count == kMaxThreads) return -kEoverflow;
       // SAFETY: ptrace of a thread of the program we serve; released by Thaw or by our death.
       const long error = Syscall(__NR_ptrace, PTRACE_SEIZE, tid, 0, PTRACE_O_TRACESYSGOOD);
       if (error == -kEsrch) continue;  // it is ending
-      if (error == -kEperm && HasEnded(task_fd, entry->name)) continue;
-      if (error == -kEperm) return -kEacces;
+      if (error == -kEperm) {
+        const char state = StateOf(task_fd, entry->name);
+        if (state != 'Z' && state != 'X') return -kEacces;
+        for (int i = 0; entry->name[i] != 0 && i < 15; ++i) listing.zombie[i] = entry->name[i];
+        continue;
+      }
       if (error < 0) return error;
       data.threads[data.thread_count++] = {tid, -1, 0};
       Syscall(__NR_ptrace, PTRACE_INTERRUPT, tid, 0, 0);
-      ++found;
+      ++listing.found;
     }
   }
+}
+
+// Whether there is no thread but those in the table, which each stay until we have waited for them,
+// and those that need not be. A list alone does not tell: a thread that ends just as it is listed,
+// or was about to be, ends the list as well (next_tid in the kernel's fs/proc/base.c), whatever
+// comes after it.
+bool IsComplete(const Data& data, long task_fd, const Listing& listing) {
+  const long count = ThreadCount(task_fd);
+  const bool zombie = listing.zombie[0] != 0 && StateOf(task_fd, listing.zombie) == 'Z';
+  return count == data.thread_count + (listing.watch ? 1 : 0) + (zombie ? 1 : 0);
 }
 
 // The status of thread `i` if it has stopped since the last look, else 0. One that is gone is taken
@@ -286,15 +313,14 @@ void RunOn(Data& data, uint32_t i) {
   Syscall(__NR_ptrace, PTRACE_SYSCALL, thread.tid, 0, 0);
 }
 
-// Returns how many threads have not stopped within the limit, or -errno. `guarded`: threads in user
-// mode run on at once, but no further than their next system call, signal or fault.
+// Returns how many threads have not stopped within the limit, each asked to; or -errno (EBUSY: not
+// all of them are known). `guarded`: threads in user mode run on at once, but no further
+// than their next system call, signal or fault.
 long StopThreads(Data& data, long task_fd, int64_t limit_ns, bool nested, bool guarded) {
   const int64_t began = Now();
-  int idle = 0;
-  bool settled = false;
-  for (;;) {
-    const long found = SeizeNewThreads(data, task_fd, nested);
-    if (found < 0) return found;
+  for (int idle = 0;; Idle(++idle)) {
+    Listing listing;
+    if (const long error = SeizeNewThreads(data, task_fd, nested, listing); error < 0) return error;
     long late = 0;
     for (uint32_t i = 0; i < data.thread_count;) {
       const uint32_t before = data.thread_count;
@@ -309,14 +335,10 @@ long StopThreads(Data& data, long task_fd, int64_t limit_ns, bool nested, bool g
         ++i;
       }
     }
-    // Listed once more while every known thread was stopped already: none can be born now. (A
-    // thread may have been born, and its maker stopped, after the listing before.)
-    const bool quiet = found == 0 && late == 0;
-    if (quiet && settled) return data.thread_count > 0 ? 0 : -kEsrch;
-    settled = quiet;
-    if (quiet) continue;
-    if (found == 0 && Now() - began > limit_ns) return late;
-    Idle(++idle);
+    const bool complete = IsComplete(data, task_fd, listing);
+    if (complete && late == 0) return data.thread_count > 0 ? 0 : -kEsrch;
+    const int64_t waited = Now() - began;
+    if (listing.found == 0 && waited > limit_ns) return complete ? late : -kEbusy;
   }
 }
 

@@ -46,7 +46,8 @@ enum class OpKind : uint32_t {
               // written since the baseline (all: every page of the program's own, since the page
               // tables may not tell); E2BIG beyond the limit.
   kHold,  // args: task directory fd, time limit in ns, nested. As kFreeze, but stays in force after
-          // the list until a Thaw; its result is the number of threads not stopped yet.
+          // the list until a Thaw; its result is the number of threads not stopped yet, each asked
+          // to. Fails with EBUSY when not all of them are known.
   kThaw,  // no args.
   kDeadline,    // args: ns. The helper ends by itself if it has not answered by then: it may be
                 // waiting for a worker that is dead or stopped, with the program's threads stopped.

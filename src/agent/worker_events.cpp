@@ -41,6 +41,7 @@ constexpr Nanos kLongestHold(100'000'000);
 constexpr Nanos kLongestHoldForCut(2'000'000'000);
 constexpr Nanos kLongestHoldOfStarved(60'000'000'000);
 constexpr int64_t kRunsAfterHoldInVain = 3;
+constexpr Nanos kBirth(2'000'000);
 constexpr int kHotAreas = 16;
 constexpr Bytes kHotPart(uint64_t{2} << 20);
 constexpr Bytes kConvertWhole(uint64_t{64} << 20);
@@ -64,6 +65,10 @@ const BlockedCall* MoverOf(const ThreadCalls& calls, VaddrRange range) {
     return c.number == SYS_mremap && c.args[0] == range.begin.value;
   });
   return call == calls.blocked.end() ? nullptr : &*call;
+}
+
+bool GivesBirth(const BlockedCall& call) {
+  return !call.waits_for_event && (call.number == SYS_clone || call.number == SYS_clone3);
 }
 
 bool Forks(const BlockedCall& call) {
@@ -169,9 +174,13 @@ Result<> Worker::StopAndRead(HeldEvents& events, bool& changed) {
   for (int blind_looks = 0;;) {
     OpList hold;
     hold.Hold(helper_tasks_, Nanos(30'000), nested_);
-    UNMOOR_ASSIGN(const int64_t late, link_.Must(hold, "cannot stop the program's threads"));
-    if (late == 0) return {};
-    UNMOOR_ASSIGN(const bool waiting, WaitReadable(uffd_.get(), Nanos(0)));
+    const auto late = link_.Must(hold, "cannot stop the program's threads");
+    const bool all_asked = late || late.error().errnum() != EBUSY;
+    if (all_asked) UNMOOR_TRY(late);
+    if (all_asked && *late == 0) return {};
+    // One that has not been asked to stop would run on once its event is read.
+    UNMOOR_ASSIGN(const bool readable, WaitReadable(uffd_.get(), Nanos(0)));
+    const bool waiting = readable && all_asked;
     const bool patient = !events.cut.empty() || !unreplaced_.empty();
     const Nanos limit = patient ? kLongestHoldForCut : hold_limit_;
     const Nanos held = MonotonicNow() - began;
@@ -188,6 +197,8 @@ Result<> Worker::StopAndRead(HeldEvents& events, bool& changed) {
     UNMOOR_ASSIGN(const ThreadCalls calls, ReadThreadCalls(pid_));
     // The oldest event is that of a thread already asleep, unless the kernel doesn't tell.
     if (calls.waiting_for_event() == 0 && ++blind_looks < kBlindLooks) continue;
+    // What is being born is not asked to stop. (One that waits for its vfork has given birth.)
+    if (held < kBirth && std::ranges::any_of(calls.blocked, GivesBirth)) continue;
     // As in HandleEvents: what is true before the event is read stays true if we are killed now.
     UNMOOR_TRY(DropWhatIsGivenBack(calls));
     UNMOOR_TRY(KnowChildren());

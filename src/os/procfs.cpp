@@ -2,7 +2,9 @@
 #include "os/procfs.h"
 
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -256,11 +258,29 @@ Result<ThreadCalls> ReadThreadCalls(Pid pid) {
     call.waits_for_event = WaitsForEvent(directory);
     calls.blocked.push_back(call);
   }
+  calls.threads = std::max(calls.threads, CountThreads(pid).value_or(0));
   return calls;
 }
 
+Result<size_t> CountThreads(Pid pid) {
+  const std::string path = fmt::format("/proc/{}/task", pid.value);
+  struct stat status{};
+  if (::stat(path.c_str(), &status) < 0) return SystemError(errno, path);
+  return status.st_nlink - 2;
+}
+
 Result<std::vector<Pid>> ReadThreads(Pid pid) {
-  return ReadNumericNames(fmt::format("/proc/{}/task", pid.value));
+  constexpr int kLooks = 20;
+  const std::string path = fmt::format("/proc/{}/task", pid.value);
+  for (int looks = 1;; ++looks) {
+    UNMOOR_ASSIGN(std::vector<Pid> threads, ReadNumericNames(path));
+    const auto count = CountThreads(pid);
+    const auto is_there = [&](Pid thread) {
+      return thread == pid || ::access(fmt::format("{}/{}", path, thread.value).c_str(), F_OK) == 0;
+    };
+    const bool complete = count == threads.size() && std::ranges::all_of(threads, is_there);
+    if (complete || looks == kLooks) return threads;
+  }
 }
 
 Result<std::vector<Pid>> ReadChildren(Pid pid) {

@@ -101,7 +101,11 @@ struct ThreadCalls {
 // Whether the process's main thread sleeps in that system call.
 [[nodiscard]] bool SleepsInCall(Pid pid, uint64_t number);
 
+// All of them, but where they are born or end too fast for many looks. The kernel's list of them
+// ends early when a thread ends just as it is listed, or was about to be (next_tid in
+// fs/proc/base.c): so they are counted too.
 [[nodiscard]] Result<std::vector<Pid>> ReadThreads(Pid pid);
+[[nodiscard]] Result<size_t> CountThreads(Pid pid);
 // Children of every thread of `pid`, in our PID namespace.
 [[nodiscard]] Result<std::vector<Pid>> ReadChildren(Pid pid);
 // Those that this thread of it has made; none when it is gone.

@@ -319,6 +319,7 @@ Result<bool> ProgramStop::SeizeNew() {
     if (!seized && seized.error().errnum() == ESRCH) continue;
     if (!seized && seized.error().errnum() == EPERM) {
       const auto info = ReadProcess(thread);  // an ended leader stays listed and cannot be traced
+      if (info && info->ended()) zombie_ = thread;
       if (!info || info->ended()) continue;
       const auto tracer = ReadProcess(info->tracer);
       if (tracer && tracer->name.starts_with("unmoor")) {
@@ -332,29 +333,35 @@ Result<bool> ProgramStop::SeizeNew() {
   return found;
 }
 
+// Whether there is no thread but the seized ones, which each stay until they have been waited for.
+// A list alone does not tell: see CountThreads.
+bool ProgramStop::IsComplete() const {
+  const auto count = CountThreads(pid_);
+  const auto zombie = ReadProcess(zombie_);
+  return count && *count == threads_.size() + (zombie && zombie->ended() ? 1 : 0);
+}
+
 Result<> ProgramStop::Stop(Nanos limit, const std::function<Result<bool>()>& on_late) {
   Nanos began = MonotonicNow();
   int idle = 0;
-  for (bool settled = false;;) {
+  for (;;) {
     UNMOOR_ASSIGN(const bool found, SeizeNew());
     std::erase_if(threads_,
                   [](StoppedThread& s) { return s.Poll() == StoppedThread::State::kGone; });
     const auto late = std::ranges::find_if(
         threads_, [](StoppedThread& s) { return s.Poll() == StoppedThread::State::kRunning; });
-    // Listed once more with every known thread stopped already: none can be born now.
-    const bool quiet = !found && late == threads_.end();
-    if (quiet && settled) break;
-    settled = quiet;
-    if (quiet || found) continue;
+    const bool all_known = IsComplete();
+    if (all_known && late == threads_.end()) break;
+    if (found) continue;
     if (MonotonicNow() - began > limit) {
-      const Pid thread = late->thread();
+      const Pid thread = late == threads_.end() ? pid_ : late->thread();
       return Failure(Error(ErrorKind::kMachine, EAGAIN,
                            fmt::format("thread {} of process {} does not stop (in a slow disk "
                                        "transfer, or a long vfork?)",
                                        thread.value, pid_.value)));
     }
     // Every thread there is has been asked; those that are late sleep in the kernel.
-    if (on_late) {
+    if (all_known && on_late) {
       UNMOOR_ASSIGN(const bool lets_go_on, on_late());
       if (lets_go_on) began = MonotonicNow();
     }

@@ -95,8 +95,10 @@ class ProgramStop {
 
  private:
   [[nodiscard]] Result<bool> SeizeNew();
+  [[nodiscard]] bool IsComplete() const;
   Pid pid_;
   std::vector<StoppedThread> threads_;
+  Pid zombie_;  // one that has ended, and stays listed
 };
 
 // Lets a process stopped by SIGSTOP run again without any of its signal handlers, or its pending

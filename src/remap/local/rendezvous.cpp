@@ -2,6 +2,8 @@
 // of this run as a signal handler, the rest while every thread of the program is stopped.
 #include "remap/local/rendezvous.h"
 
+#include <sys/stat.h>
+
 #include "os/kernel_abi.h"
 #include "os/raw_syscall.h"
 
@@ -16,6 +18,8 @@ constexpr uint64_t kMagic = 0x756e6d6f6f720001;  // in a signal's value: "unmoor
 constexpr int64_t kPostAgain = 50'000'000;
 constexpr int64_t kLookAgain = 200'000;
 constexpr int kSiQueue = -1;
+constexpr uint64_t kPage = 4096, kEntrySize = 32;  // a linux_dirent64 of a thread
+constexpr long kEoverflow = 75, kEnoent = 2;
 constexpr uint64_t kSaSiginfo = 4, kSaOnStack = 0x08000000, kSaRestart = 0x10000000,
                    kSaRestorer = 0x04000000;
 
@@ -48,8 +52,9 @@ struct State {
   kernel::KernelSigaction before[64]{};  // what each was put in front of
   int32_t events_thread = 0;
   int32_t opener = 0;  // of the window
-  Slot slots[kThreadSlots] = {};
-  char entries[1 << 15] = {};
+  uint32_t most_threads = kMaxThreads;
+  alignas(kPage) Slot slots[kThreadSlots] = {};
+  char entries[kMaxThreads * kEntrySize] = {};
 };
 State state;
 
@@ -83,7 +88,7 @@ Slot* Find(int tid) {
 
 Slot* FindOrAdd(int tid) {
   if (Slot* slot = Find(tid)) return slot;
-  if (state.used == kMaxThreads) return nullptr;
+  if (state.used >= state.most_threads) return nullptr;
   auto i = static_cast<uint32_t>(tid) * 2654435761u;
   while (state.slots[i % kThreadSlots].tid != 0) ++i;
   Slot& slot = state.slots[i % kThreadSlots];
@@ -94,9 +99,17 @@ Slot* FindOrAdd(int tid) {
 }
 
 void ClearSlots() {
-  for (Slot& slot : state.slots) Store(&slot.tid, 0);
+  constexpr long kDontNeed = 4;
+  const uint64_t whole = sizeof(state.slots) / kPage * kPage;
+  // Refused where memory is locked.
+  if (Call(__NR_madvise, Address(state.slots), raw::Word(whole), kDontNeed) < 0) {
+    for (Slot& slot : state.slots) {
+      if (Load(&slot.tid) != 0) Store(&slot.tid, 0);
+    }
+  }
   state.used = 0;
 }
+static_assert(sizeof(Slot) * kThreadSlots % kPage == 0);
 
 // Of threads long gone too. A handler that finds no slot returns; its thread is signalled again
 // when the next window lists it. But one that is still on its way out of an earlier window, for
@@ -199,26 +212,60 @@ void FreezeHandler(int signal, SignalInfo* info, kernel::KernelUcontext* context
   }
 }
 
-// Calls visit(tid, name) for every listed thread that is not ours. -errno when they cannot be
-// listed.
+// visit(tid) for each thread in the first `bytes` of the entries, until one returns an error.
+template <class Visit>
+long ForEachEntry(long bytes, Visit visit) {
+  for (long at = 0; at < bytes;) {
+    // SAFETY: the kernel fills the buffer with such records.
+    const auto* entry = reinterpret_cast<const DirectoryEntry*>(state.entries + at);
+    at += entry->length;
+    int tid = 0;
+    for (const char* p = entry->name; *p >= '0' && *p <= '9'; ++p) tid = tid * 10 + (*p - '0');
+    if (tid == 0) continue;
+    if (const long error = visit(tid); error < 0) return error;
+  }
+  return 0;
+}
+
+bool IsHeld(int tid, uint32_t window) {
+  const Slot* slot = (window & 1) != 0 ? Find(tid) : nullptr;
+  return slot != nullptr && Load(&slot->acked) == window;
+}
+
+// The number of threads, ended leader included; or -errno.
+long ThreadCount(int task_fd) {
+  struct stat status {};
+  const long error = Call(__NR_fstat, task_fd, Address(&status));
+  return error < 0 ? error : static_cast<long>(status.st_nlink) - 2;
+}
+
+enum : long { kIncomplete = 0, kComplete = 1 };
+
+// Calls visit(tid) for every listed thread that is not ours. -errno when they cannot be listed.
+//
+// A thread that ends just as it is listed, or was about to be, ends the list as well (next_tid in
+// the kernel's fs/proc/base.c), whatever comes after it. Complete: that has not happened. There are
+// as many threads as were listed, and after they were counted all listed are still there.
 template <class Visit>
 long ForEachThread(int task_fd, Visit visit) {
   state.opener = raw::ThreadId();  // only under the lock
   if (const long error = Call(__NR_lseek, task_fd, 0, 0); error < 0) return error;
-  for (;;) {
-    const long bytes =
-        Call(__NR_getdents64, task_fd, Address(state.entries), sizeof(state.entries));
-    if (bytes <= 0) return bytes;
-    for (long at = 0; at < bytes;) {
-      // SAFETY: the kernel fills the buffer with such records.
-      const auto* entry = reinterpret_cast<const DirectoryEntry*>(state.entries + at);
-      at += entry->length;
-      int tid = 0;
-      for (const char* p = entry->name; *p >= '0' && *p <= '9'; ++p) tid = tid * 10 + (*p - '0');
-      if (tid == 0 || IsOwn(tid)) continue;
-      if (const long error = visit(tid, entry->name); error < 0) return error;
-    }
-  }
+  const long bytes = Call(__NR_getdents64, task_fd, Address(state.entries), sizeof(state.entries));
+  if (bytes < 0) return bytes;
+  if (static_cast<uint64_t>(bytes) + kEntrySize > sizeof(state.entries)) return -kEoverflow;
+  long listed = 0;
+  const long error = ForEachEntry(bytes, [&](int tid) -> long {
+    ++listed;
+    return IsOwn(tid) ? 0 : visit(tid);
+  });
+  if (error < 0) return error;
+  if (ThreadCount(task_fd) != listed) return kIncomplete;
+  const uint32_t window = Load(&state.window);
+  const int process = raw::ProcessId();
+  const long gone = ForEachEntry(bytes, [&](int tid) -> long {
+    return IsHeld(tid, window) ? 0 : Call(__NR_tgkill, process, tid, 0);
+  });
+  return gone < 0 ? kIncomplete : kComplete;
 }
 
 // task/<tid>/<file> into `text`. The number of bytes, or -errno.
@@ -238,11 +285,12 @@ long ReadThreadFile(int task_fd, int tid, const char* file, char* text, long siz
   return read;
 }
 
-// A leader that has ended stays listed as long as other threads live.
+// A leader that has ended stays listed as long as other threads live. What cannot be told, for want
+// of a descriptor, has not ended.
 bool HasEnded(int task_fd, int tid) {
   char text[512];
   const long size = ReadThreadFile(task_fd, tid, "/stat", text, sizeof(text));
-  if (size <= 0) return true;
+  if (size <= 0) return size == 0 || size == -kEnoent || size == -raw::kEsrch;
   long paren = 0;
   for (long i = 0; i < size; ++i) {
     if (text[i] == ')') paren = i;
@@ -268,16 +316,38 @@ bool ParseNumber(const char*& p, uint64_t& value) {
   }
 }
 
-// False when it runs, or sleeps outside a system call.
-bool ReadSleepingCall(int task_fd, int tid, SleepingCall& call) {
+enum class Sleep { kNot, kOutsideCalls, kInCall };
+
+Sleep ReadSleepingCall(int task_fd, int tid, SleepingCall& call) {
   char text[256];
   const long size = ReadThreadFile(task_fd, tid, "/syscall", text, sizeof(text) - 1);
-  if (size <= 0) return false;
+  if (size <= 0) return Sleep::kNot;
   text[size] = 0;
   const char* p = text;
-  if (!ParseNumber(p, call.number)) return false;
+  if (p[0] == '-') return Sleep::kOutsideCalls;  // of a fault
+  if (!ParseNumber(p, call.number)) return Sleep::kNot;
   for (uint64_t& arg : call.args) {
-    if (!ParseNumber(p, arg)) return false;
+    if (!ParseNumber(p, arg)) return Sleep::kNot;
+  }
+  return Sleep::kInCall;
+}
+
+// True also when that cannot be told.
+bool Blocks(int task_fd, int tid, int signal) {
+  char text[4096];
+  const long size = ReadThreadFile(task_fd, tid, "/status", text, sizeof(text));
+  if (size == -kEnoent || size == -raw::kEsrch) return false;
+  for (long i = 0; i + 8 < size; ++i) {
+    if (text[i] != '\n' || text[i + 1] != 'S' || text[i + 4] != 'B' || text[i + 5] != 'l' ||
+        text[i + 7] != ':') {
+      continue;
+    }
+    uint64_t mask = 0;
+    for (i += 9; i < size && text[i] != '\n'; ++i) {
+      const char c = text[i];
+      mask = mask << 4 | static_cast<uint64_t>(c <= '9' ? c - '0' : c - 'a' + 10);
+    }
+    return (mask >> (signal - 1) & 1) != 0;
   }
   return true;
 }
@@ -287,14 +357,19 @@ struct Look {
   uint32_t late = 0;
   int late_thread = 0;
   uint32_t found = 0;
+  bool complete = false;
 };
 
 // One look at every thread; a signal to each that neither waits in `window` nor has one on its way.
+// -EAGAIN: there is no room until those that have ended are forgotten, or a signal cannot be sent
+// for now. -EOVERFLOW: there are too many threads.
 long LookAndPost(int task_fd, uint32_t window, int64_t now, bool check_ended, Look& look) {
-  return ForEachThread(task_fd, [&](int tid, const char*) -> long {
-    Slot* slot = FindOrAdd(tid);
-    if (slot == nullptr) return -75;  // EOVERFLOW
+  bool room = true;
+  const long listed = ForEachThread(task_fd, [&](int tid) -> long {
     ++look.threads;
+    Slot* slot = FindOrAdd(tid);
+    room = room && slot != nullptr;
+    if (slot == nullptr) return 0;
     if (Load(&slot->acked) == window) return 0;
     if (check_ended && HasEnded(task_fd, tid)) return 0;
     if (Load(&slot->pending) == 0 || now - slot->posted_at > kPostAgain) {
@@ -312,10 +387,15 @@ long LookAndPost(int task_fd, uint32_t window, int64_t now, bool check_ended, Lo
     look.late_thread = tid;
     return 0;
   });
+  look.complete = listed == kComplete;
+  if (listed >= 0 && !room) {
+    return look.threads > state.most_threads ? -kEoverflow : -raw::kEagain;
+  }
+  return listed < 0 ? listed : 0;
 }
 
 uint32_t BeginWindow() {
-  if (state.used > kMaxThreads * 3 / 4) ForgetThreads();
+  if (state.used > state.most_threads * 3 / 4) ForgetThreads();
   const uint32_t window = state.window + 1;
   Store(&state.window, window);
   return window;
@@ -323,7 +403,6 @@ uint32_t BeginWindow() {
 
 void Gather(int task_fd, uint32_t window, int64_t limit_ns, WindowAttempt& attempt) {
   const int64_t began = raw::Now();
-  bool settled = false;
   for (int64_t now = began;; now = raw::Now()) {
     const uint32_t seen = Load(&state.arrived);
     Look look;
@@ -331,16 +410,9 @@ void Gather(int task_fd, uint32_t window, int64_t limit_ns, WindowAttempt& attem
     if (attempt.error < 0) return;
     attempt.threads = look.threads;
     attempt.late_thread = look.late_thread;
-    // Listed once more while everybody was in already: none can be born now. (A thread may have
-    // been born, and its maker have come in, after the listing before.)
-    const bool quiet = look.late == 0;
-    if (quiet && settled) {
-      attempt.open = true;
-      return;
-    }
-    settled = quiet;
-    if (quiet) continue;
-    if (now - began > limit_ns) return;
+    // Everybody is in, and none can be born now.
+    attempt.open = look.late == 0 && look.complete;
+    if (attempt.open || now - began > limit_ns) return;
     // All the signals sent above are answered before the next look, but for a thread that ends.
     const int64_t until = now + kLookAgain;
     for (uint32_t have = seen; have - seen < look.late && raw::Now() < until;) {
@@ -401,7 +473,7 @@ long HoldReturns(int task_fd) {
   for (;;) {
     Look look;
     const long error = LookAndPost(task_fd, window, raw::Now(), false, look);
-    if (error < 0 || look.found == 0) return error;
+    if (error < 0 || (look.found == 0 && look.complete)) return error;
   }
 }
 
@@ -414,13 +486,13 @@ bool LocalStorageIsQuiet(int task_fd, uint64_t begin, uint64_t end, int64_t limi
   constexpr uint64_t kAround = 1 << 16;  // static thread-local storage below, struct pthread above
   const int64_t until = raw::Now() + limit_ns;
   bool listed = true;
-  const long error = ForEachThread(task_fd, [&](int tid, const char*) -> long {
+  const long error = ForEachThread(task_fd, [&](int tid) -> long {
     const Slot* slot = Find(tid);
     if (slot == nullptr || slot->acked != state.window) return 0;  // it has ended
     if (slot->local_storage + kAround < begin || slot->local_storage >= end + kAround) return 0;
     for (;;) {
       SleepingCall call{};
-      if (ReadSleepingCall(task_fd, tid, call) && call.number == __NR_futex &&
+      if (ReadSleepingCall(task_fd, tid, call) == Sleep::kInCall && call.number == __NR_futex &&
           call.args[0] == static_cast<uint64_t>(Address(&state.window))) {
         return 0;
       }
@@ -442,9 +514,9 @@ bool HoldsThreadMemory(int task_fd, uint64_t begin, uint64_t end) {
   for (;;) {
     bool unknown = false;
     bool found = false;
-    const long error = ForEachThread(task_fd, [&](int tid, const char*) -> long {
+    const long listed = ForEachThread(task_fd, [&](int tid) -> long {
       Slot* slot = FindOrAdd(tid);
-      if (slot == nullptr) return -75;
+      if (slot == nullptr) return -kEoverflow;
       if (Load(&slot->seen) == 0) {
         unknown = true;
         if (Load(&slot->pending) == 0) {
@@ -459,77 +531,85 @@ bool HoldsThreadMemory(int task_fd, uint64_t begin, uint64_t end) {
                begin < slot->alternate + slot->alternate_size);
       return 0;
     });
-    if (error < 0 || found) return true;
-    if (!unknown) return false;
+    if (listed < 0 || found) return true;
+    if (!unknown && listed == kComplete) return false;
     if (raw::Now() > until) return true;
     raw::Sleep(20'000);
   }
 }
 
 long CountBlocking(int task_fd, int signal) {
-  long blocked = 0;
-  const long error = ForEachThread(task_fd, [&](int tid, const char*) -> long {
-    char text[4096];
-    const long size = ReadThreadFile(task_fd, tid, "/status", text, sizeof(text));
-    for (long i = 0; i + 8 < size; ++i) {
-      if (text[i] != '\n' || text[i + 1] != 'S' || text[i + 4] != 'B' || text[i + 5] != 'l' ||
-          text[i + 7] != ':') {
-        continue;
-      }
-      uint64_t mask = 0;
-      for (i += 9; i < size && text[i] != '\n'; ++i) {
-        const char c = text[i];
-        mask = mask << 4 | static_cast<uint64_t>(c <= '9' ? c - '0' : c - 'a' + 10);
-      }
-      blocked += static_cast<long>(mask >> (signal - 1) & 1);
+  constexpr int64_t kLimit = 2'000'000;
+  const int64_t until = raw::Now() + kLimit;
+  for (;;) {
+    long blocked = 0;
+    const long listed = ForEachThread(task_fd, [&](int tid) -> long {
+      blocked += Blocks(task_fd, tid, signal) ? 1 : 0;
       return 0;
-    }
-    return 0;
-  });
-  return error < 0 ? error : blocked;
+    });
+    if (listed < 0) return listed;
+    if (listed == kComplete) return blocked;
+    if (raw::Now() > until) return -raw::kEagain;
+  }
 }
 
 uint32_t CountThreads(int task_fd) {
   uint32_t threads = 0;
-  ForEachThread(task_fd, [&](int, const char*) -> long {
+  const long listed = ForEachThread(task_fd, [&](int) -> long {
     ++threads;
     return 0;
   });
-  return threads;
+  return listed == kComplete ? threads : 0;
 }
 
 void ForEachSleeping(int task_fd, void (*visit)(void* context, const SleepingCall& call),
                      void* context) {
-  ForEachThread(task_fd, [&](int tid, const char*) -> long {
+  ForEachThread(task_fd, [&](int tid) -> long {
     SleepingCall call{};
-    if (ReadSleepingCall(task_fd, tid, call)) visit(context, call);
+    if (ReadSleepingCall(task_fd, tid, call) == Sleep::kInCall) visit(context, call);
     return 0;
   });
 }
 
 bool VisitUntilSettled(int task_fd, void (*visit)(void* context, const SleepingCall& call),
                        void* context, int64_t limit_ns) {
-  const int64_t until = raw::Now() + limit_ns;
-  for (;;) {
-    bool settled = true;
+  constexpr int64_t kBirth = 2'000'000;
+  const int64_t began = raw::Now();
+  for (bool was_held = false;;) {
     // One born since the last look must not get past the handler either.
     Look look;
-    if (LookAndPost(task_fd, state.window, raw::Now(), false, look) < 0) return false;
-    const long error = ForEachThread(task_fd, [&](int tid, const char*) -> long {
+    const long error = LookAndPost(task_fd, state.window, raw::Now(), false, look);
+    if (error < 0) return false;
+    const bool held = look.complete && look.found == 0;
+    const int64_t waited = raw::Now() - began;
+    bool settled = true;
+    const long listed = ForEachThread(task_fd, [&](int tid) -> long {
       const Slot* slot = Find(tid);
       if (slot != nullptr && Load(&slot->acked) == state.window) return 0;
       SleepingCall call{};
-      if (ReadSleepingCall(task_fd, tid, call)) {
-        visit(context, call);
-      } else if (slot == nullptr || !HasEnded(task_fd, tid)) {
+      const Sleep sleep = ReadSleepingCall(task_fd, tid, call);
+      if (sleep == Sleep::kInCall) visit(context, call);
+      // What is being born has no signal. (One that waits for its vfork has been given birth to.)
+      const bool gives_birth =
+          sleep == Sleep::kInCall && (call.number == __NR_clone || call.number == __NR_clone3);
+      if (slot == nullptr || (gives_birth && waited < kBirth) ||
+          (sleep == Sleep::kNot && !HasEnded(task_fd, tid))) {
         settled = false;
       }
       return 0;
     });
-    if (error < 0 || settled) return error >= 0;
-    if (raw::Now() > until) return false;
+    if (listed < 0) return false;
+    if (held && settled && listed == kComplete) return true;
+    // What does not sleep, for want of a CPU, does not get past the handler either.
+    if (waited > limit_ns && held && was_held) return true;
+    if (waited > 2 * limit_ns) return false;
+    was_held = held;
     raw::Sleep(10'000);
   }
+}
+
+void LimitThreads(uint32_t most) {
+  state.most_threads = most;
 }
 
 void ResetAfterFork() {

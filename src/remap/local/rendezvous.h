@@ -24,7 +24,7 @@
 
 namespace unmoor::local {
 
-inline constexpr uint32_t kThreadSlots = 1 << 14;  // a power of two
+inline constexpr uint32_t kThreadSlots = 1 << 16;  // a power of two
 inline constexpr uint32_t kMaxThreads = kThreadSlots / 2;
 // What glibc keeps to itself for setuid in all threads (SIGSETXID): no program can block it.
 inline constexpr int kDefaultFreezeSignal = 33;
@@ -64,24 +64,26 @@ bool LocalStorageIsQuiet(int task_fd, uint64_t begin, uint64_t end, int64_t limi
 // it was when the thread was last in the handler. Threads never seen yet are made to come by
 // first (the window need not be open). True also when that cannot be told.
 bool HoldsThreadMemory(int task_fd, uint64_t begin, uint64_t end);
-// How many threads have `signal` blocked; or -errno.
+// How many threads have `signal` blocked; or -errno (EAGAIN: cannot be told for now).
 long CountBlocking(int task_fd, int signal);
 
 struct SleepingCall {
   uint64_t number;
   uint64_t args[6];
 };
-// Of the program, asleep or not.
+// Of the program, asleep or not. 0: cannot be told for now.
 uint32_t CountThreads(int task_fd);
 // Calls `visit` for each thread of the program that sleeps in a system call. What it waits for
 // there may as well be a lock: unless it is the only thread, it can be back before `visit` is.
 void ForEachSleeping(int task_fd, void (*visit)(void* context, const SleepingCall& call),
                      void* context);
-// After HoldReturns: until each thread has come or been visited asleep, within the limit. Whoever
-// sleeps then does not get past the handler.
+// After HoldReturns: until each thread has come or been visited asleep, within the limit. True: no
+// thread gets past the handler, whether visited or not. Else close the window and try again.
 bool VisitUntilSettled(int task_fd, void (*visit)(void* context, const SleepingCall& call),
                        void* context, int64_t limit_ns);
 
 void ResetAfterFork();
+// For tests: fewer than kMaxThreads.
+void LimitThreads(uint32_t most);
 
 }  // namespace unmoor::local

@@ -519,7 +519,7 @@ void ZeroGrowth(const Descriptors& fds, uint64_t old_end, uint64_t new_end) {
   if (image != nullptr && image->fd >= 0) ZeroShown(fds, vma, old_end, new_end);
 }
 
-// All threads are at rest.
+// No thread gets past the handler.
 void ZeroUnreplaced(const Descriptors& fds) {
   for (uint32_t i = 0; i < unreplaced.count; ++i) {
     kernel::ProcmapQuery vma;
@@ -553,6 +553,7 @@ void DetachLastPage(const Descriptors& fds, uint64_t end) {
 struct Cuts {
   uint64_t at[1024];
   uint32_t count;
+  uint32_t waited_for;  // of these, in vain: no window waits longer for them once more
 };
 Cuts cuts;
 
@@ -596,7 +597,7 @@ void AnswerEvents(const Descriptors& fds, const Sleepers& sleepers) {
 
 // What cannot be done before everybody is in.
 bool HasWorkAtRest() {
-  return cuts.count > 0 || unreplaced.count > 0;
+  return cuts.count > cuts.waited_for || unreplaced.count > 0;
 }
 
 // After HoldReturns: everybody in, with the events of those that wait for one answered on the way;
@@ -610,8 +611,9 @@ WindowAttempt AwaitServing(const Descriptors& fds, int64_t limit_ns) {
     if (raw::Readable(fds.uffd)) {
       Sleepers sleepers{};
       sleepers.fds = &fds;
-      VisitUntilSettled(fds.tasks, LookAtSleeper, &sleepers, kSettleLimit);
-      AnswerEvents(fds, sleepers);
+      if (VisitUntilSettled(fds.tasks, LookAtSleeper, &sleepers, kSettleLimit)) {
+        AnswerEvents(fds, sleepers);
+      }
     }
     const int64_t limit = HasWorkAtRest() && limit_ns < kDetachLimit ? kDetachLimit : limit_ns;
     const int64_t left = began + limit - raw::Now();
@@ -621,8 +623,11 @@ WindowAttempt AwaitServing(const Descriptors& fds, int64_t limit_ns) {
   for (uint32_t i = 0; attempt.open && i < cuts.count; ++i) {
     if (IsShortened(fds, cuts.at[i])) DetachLastPage(fds, cuts.at[i]);
   }
-  if (attempt.open) ZeroUnreplaced(fds);
-  cuts.count = unreplaced.count = 0;
+  if (attempt.open) cuts.count = 0;
+  cuts.waited_for = cuts.count;
+  // Also with somebody still on his way: he does not run on before we are done.
+  ZeroUnreplaced(fds);
+  unreplaced.count = 0;
   return attempt;
 }
 
@@ -635,8 +640,9 @@ WindowAttempt OpenServing(const Descriptors& fds, int64_t limit_ns) {
   return attempt;
 }
 
-void ServeEventsLocked(const Descriptors& fds) {
-  if (!raw::Readable(fds.uffd)) return;
+// False: not now, as somebody cannot be held, who might see the image where it was to be given back.
+bool ServeEventsLocked(const Descriptors& fds) {
+  if (!raw::Readable(fds.uffd)) return true;
   Sleepers sleepers{};
   sleepers.fds = &fds;
   // What sleeps before our eyes is answered before its event is read. A single thread sleeps for
@@ -646,13 +652,15 @@ void ServeEventsLocked(const Descriptors& fds) {
   const bool alone = CountThreads(fds.tasks) == 1;
   if (alone) ForEachSleeping(fds.tasks, LookAtSleeper, &sleepers);
   if (alone && sleepers.giving_back == 1 && unreplaced.count == 0) {
-    return AnswerEvents(fds, sleepers);
+    AnswerEvents(fds, sleepers);
+    return true;
   }
-  HoldReturns(fds.tasks);
-  VisitUntilSettled(fds.tasks, LookAtSleeper, &sleepers, kSettleLimit);
-  AnswerEvents(fds, sleepers);
-  if (HasWorkAtRest()) AwaitServing(fds, kDetachLimit);
+  const bool held = HoldReturns(fds.tasks) >= 0 &&
+                    VisitUntilSettled(fds.tasks, LookAtSleeper, &sleepers, kSettleLimit);
+  if (held) AnswerEvents(fds, sleepers);
+  if (held && HasWorkAtRest()) AwaitServing(fds, kDetachLimit);
   CloseWindow();
+  return held;
 }
 
 // Before the first guard under a newly installed handler. A fork under way copied the handlers
@@ -853,9 +861,11 @@ MappedParts FindMappedFrozen(const Descriptors& fds, int64_t stop_limit_ns, Mapp
 }
 
 void ServeEvents(const Descriptors& fds) {
+  constexpr int64_t kPause = 1'000'000;
   locks.address_space.Acquire();
-  ServeEventsLocked(fds);  // unless answered by a window meanwhile
+  const bool served = ServeEventsLocked(fds);  // unless answered by a window meanwhile
   locks.address_space.Release();
+  if (!served) raw::Sleep(kPause);  // they wait
 }
 
 void ResetWindowsAfterFork() {
