@@ -1,6 +1,7 @@
 // What a program does to its address space while it is remapped: memory given back, unmapped,
 // moved, grown, protected.
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -61,6 +62,35 @@ TEST_F(Memory, GivenBackReadsZeroFromTheFirstInstructionOn) {
     other.join();
     Unmap();
   }
+}
+
+// Whoever gives memory back waits while somebody cannot be held, who might be just that thread.
+TEST_F(Memory, GivingBackWaitsUntilEverybodyCanBeHeld) {
+  EXPECT_TRUE(InChild([&] {
+    Map();
+    auto remapper = Start();
+    remapper.Pause();
+    std::atomic<bool> go{false};
+    std::atomic<bool> given_back{false};
+    std::thread giver([&] {
+      while (!go) ::usleep(100);
+      EXPECT_EQ(::madvise(memory(), kMiB, MADV_DONTNEED), 0) << std::strerror(errno);
+      EXPECT_TRUE(IsZero(memory(), kMiB));
+      given_back = true;
+    });
+    rlimit limit{};
+    ::getrlimit(RLIMIT_SIGPENDING, &limit);
+    const rlimit none{0, limit.rlim_max};
+    ::setrlimit(RLIMIT_SIGPENDING, &none);  // no thread can be sent the freeze signal
+    go = true;
+    ::usleep(300'000);
+    EXPECT_FALSE(given_back);
+    ::setrlimit(RLIMIT_SIGPENDING, &limit);
+    giver.join();
+    remapper.Resume();
+    EXPECT_TRUE(remapper.Wait(kLimit).ok());
+    return !HasFailure();
+  }));
 }
 
 TEST_F(Memory, UnmappedStaysUnmappedAndMappedOverStays) {

@@ -2,11 +2,14 @@
 
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <thread>
+#include <vector>
 
 #include "os/procfs.h"
 
@@ -37,6 +40,36 @@ Pid StartTwoThreads() {
   ::close(ready[0]);
   ::close(ready[1]);
   return Pid{child};
+}
+
+// Makes threads that end at once, and, behind them, one that works on for a while, for ever.
+[[noreturn]] void MakeThreads(std::atomic<uint64_t>& work) {
+  for (;;) {
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 8; ++i) threads.emplace_back([] {});
+    threads.emplace_back([&] {
+      for (int i = 0; i < 20'000; ++i) ++work;
+    });
+    for (std::thread& thread : threads) thread.join();
+  }
+}
+
+TEST(Ptrace, NoneIsMissedForOthersThatEnd) {
+  void* shared = ::mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  auto& work = *new (shared) std::atomic<uint64_t>(0);
+  const pid_t child = ::fork();
+  if (child == 0) MakeThreads(work);
+  for (int i = 0; i < 1000 && !HasFailure(); ++i) {
+    ProgramStop stop(Pid{child});
+    ASSERT_TRUE(stop.Stop(Nanos(10'000'000'000), [] { return Result<bool>(false); }));
+    const uint64_t before = work;
+    ::usleep(300);
+    EXPECT_EQ(work, before) << "at stop " << i;
+    EXPECT_EQ(CountThreads(Pid{child}), stop.threads().size());
+  }
+  ::kill(child, SIGKILL);
+  ::waitpid(child, nullptr, __WALL);
+  ::munmap(shared, 4096);
 }
 
 TEST(Ptrace, ProgramKilledWhileItsLeaderIsBorrowedIsNoticed) {
