@@ -33,7 +33,7 @@ namespace {
 
 constexpr int kPageServerFd = 3;  // its number inside criu
 constexpr int kTriesWhileMapped = 3;
-constexpr int kTriesInFault = 50;
+constexpr int kTriesToFreeze = 50;
 
 std::string Describe(Pid pid) {
   const auto info = ReadProcess(pid);
@@ -172,7 +172,7 @@ class Dumper {
   std::vector<HoldOff> held_;
   std::vector<std::string> mapped_files_;  // CRIU's keys; the program is dumped as it is
   bool must_be_remapped_ = false;          // and could not be
-  bool caught_in_fault_ = false;           // so criu was sent away; once more
+  bool ill_frozen_ = false;                // so criu was sent away; once more
   bool stuck_ = false;
   std::string log_path_;
   std::string criu_version_;
@@ -404,7 +404,7 @@ Result<> Dumper::RunCriu(const criu::CriuBinary& criu, PageRouter& router) {
   held_.clear();  // a program left running is its agent's again
 
   must_be_remapped_ = router.must_be_remapped();
-  caught_in_fault_ = router.caught_in_fault();
+  ill_frozen_ = router.ill_frozen();
   // What failed on our side is the cause; criu's failure is its echo.
   if (router.first_error()) return Failure(*router.first_error());
   if (outcome && outcome->status.ok() && served) return {};
@@ -575,7 +575,7 @@ Result<CheckpointReport> Dumper::Run() {
   for (int i = 1; !dumped; ++i) {
     UNMOOR_ASSIGN(held_, HoldTree(options_.pid));
     const auto done = DumpHeld(criu);
-    if (!done && !(caught_in_fault_ && i < kTriesInFault)) return Failure(done.error());
+    if (!done && !(ill_frozen_ && i < kTriesToFreeze)) return Failure(done.error());
     dumped = done.has_value();
   }
   report_.elapsed = MonotonicNow() - begin;
@@ -610,7 +610,7 @@ Result<bool> Dumper::DumpMapped(const criu::CriuBinary& criu) {
     spdlog::warn("{}", why);
     return false;
   };
-  for (int i = 0; i < (caught_in_fault_ ? kTriesInFault : kTriesWhileMapped); ++i) {
+  for (int i = 0; i < (ill_frozen_ ? kTriesToFreeze : kTriesWhileMapped); ++i) {
     UNMOOR_ASSIGN(std::vector<HoldOff> asked, PutBackOnLayers());
     auto held = HoldTree(options_.pid, std::move(asked));
     if (!held && held.error().errnum() == EAGAIN) return not_possible(held.error().message());
@@ -623,7 +623,7 @@ Result<bool> Dumper::DumpMapped(const criu::CriuBinary& criu) {
     const auto dumped = DumpHeld(criu);
     if (dumped) return true;
     if (must_be_remapped_) return not_possible(dumped.error().message());
-    const bool once_more = stuck_ || (caught_in_fault_ && i + 1 < kTriesInFault);
+    const bool once_more = stuck_ || (ill_frozen_ && i + 1 < kTriesToFreeze);
     if (!once_more) return Failure(dumped.error());
   }
   return not_possible(
@@ -632,7 +632,7 @@ Result<bool> Dumper::DumpMapped(const criu::CriuBinary& criu) {
 }
 
 Result<> Dumper::DumpHeld(const criu::CriuBinary& criu) {
-  caught_in_fault_ = false;
+  ill_frozen_ = false;
   UNMOOR_TRY(CheckUntraced(options_.pid, Nanos(5'000'000'000)));
   UNMOOR_TRY(PrepareDirectory());
   const std::string directory = publisher_->path();

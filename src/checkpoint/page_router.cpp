@@ -118,15 +118,24 @@ Result<std::optional<LayerBase>> PageRouter::FindBase(uint32_t vpid, Pid pid,
 // run its code, whose end is a SIGTRAP; but of such signals the kernel hands over the first,
 // blocked or not (dequeue_synchronous_signal in kernel/signal.c), so CRIU would give up, and the
 // SIGTRAP left would end the program. Until now CRIU has let no thread but the leader run.
-Result<> PageRouter::CheckNoneTakesAFault(Pid pid) {
+//
+// And CRIU takes the kernel's list of threads for whole (see ReadThreads), so that it may have missed
+// one, which would write to what is being read.
+Result<> PageRouter::CheckFrozen(Pid pid) {
   constexpr uint64_t kOfFaults = SignalBit(SIGSEGV) | SignalBit(SIGBUS) | SignalBit(SIGILL) |
                                  SignalBit(SIGFPE) | SignalBit(SIGTRAP) | SignalBit(SIGSYS);
   UNMOOR_ASSIGN(const std::vector<Pid> threads, ReadThreads(pid));
   for (const Pid thread : threads) {
     UNMOOR_ASSIGN(const SignalSets signals, ReadSignalSets(thread));
+    constexpr std::string_view kStandsOrEnded = "tTZX";
+    ill_frozen_ = thread != pid && kStandsOrEnded.find(signals.state) == std::string_view::npos;
+    if (ill_frozen_) {
+      return MachineError("thread {} of process {} was missed each time by criu; try again",
+                          thread.value, pid.value);
+    }
     // A fault unblocks its signal; one that is blocked was sent, and does no harm.
-    caught_in_fault_ = (signals.pending & ~signals.blocked & kOfFaults) != 0;
-    if (!caught_in_fault_) continue;
+    ill_frozen_ = (signals.pending & ~signals.blocked & kOfFaults) != 0;
+    if (!ill_frozen_) continue;
     return MachineError(
         "thread {} of process {} was frozen each time as it took a fault; try again", thread.value,
         pid.value);
@@ -137,7 +146,7 @@ Result<> PageRouter::CheckNoneTakesAFault(Pid pid) {
 Result<> PageRouter::OpenTask(uint32_t vpid) {
   UNMOOR_TRY(FaultPoint("dump.open"));
   UNMOOR_ASSIGN(const Pid pid, FindTask(vpid));
-  UNMOOR_TRY(CheckNoneTakesAFault(pid));
+  UNMOOR_TRY(CheckFrozen(pid));
   UNMOOR_ASSIGN(std::vector<PlannedVma> plan, Plan(vpid, pid));
   RoutedTask task{pid, std::move(plan), {}};
   task.saved.resize(task.plan.size());

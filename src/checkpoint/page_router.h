@@ -75,15 +75,16 @@ class PageRouter : public criu::PageSink {
   }
   // It failed since the program cannot be dumped as long as it maps its image.
   [[nodiscard]] bool must_be_remapped() const { return must_be_remapped_; }
-  // It failed because a thread was frozen just as it took a fault; the next time it will not.
-  [[nodiscard]] bool caught_in_fault() const { return caught_in_fault_; }
+  // It failed because a thread was frozen just as it took a fault, or not at all; the next time that
+  // will not be so.
+  [[nodiscard]] bool ill_frozen() const { return ill_frozen_; }
   [[nodiscard]] Bytes received() const { return received_; }
   [[nodiscard]] Bytes criu_bytes() const { return page_images_.written(); }
 
  private:
   [[nodiscard]] Result<Pid> FindTask(uint32_t vpid);
   [[nodiscard]] Result<> OpenTask(uint32_t vpid);
-  [[nodiscard]] Result<> CheckNoneTakesAFault(Pid pid);
+  [[nodiscard]] Result<> CheckFrozen(Pid pid);
   [[nodiscard]] Result<std::vector<PlannedVma>> Plan(uint32_t vpid, Pid pid);
   [[nodiscard]] Result<std::optional<LayerBase>> FindBase(uint32_t vpid, Pid pid,
                                                           const PlannedVma& item);
@@ -109,7 +110,7 @@ class PageRouter : public criu::PageSink {
   };
   std::vector<FirstPage> first_pages_;
   bool must_be_remapped_ = false;
-  bool caught_in_fault_ = false;
+  bool ill_frozen_ = false;
   bool finished_ = false;
   std::optional<LayerInfo> layer_;
   std::optional<Error> first_error_;

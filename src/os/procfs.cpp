@@ -191,6 +191,7 @@ Result<SignalSets> ReadSignalSets(Pid pid) {
   for (std::string_view lines = status; !lines.empty();) {
     std::string_view rest = NextLine(lines);
     const std::string_view key = NextWord(rest);
+    if (key == "State:") sets.state = (std::string(NextWord(rest)) + '?').front();
     if (key == "SigPnd:") Parse(NextWord(rest), 16, sets.pending);
     if (key == "SigBlk:") Parse(NextWord(rest), 16, sets.blocked);
     if (key == "SigIgn:") Parse(NextWord(rest), 16, sets.ignored);

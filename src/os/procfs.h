@@ -71,6 +71,7 @@ constexpr uint64_t SignalBit(int signal) {
   return uint64_t{1} << (signal - 1);
 }
 struct SignalSets {
+  char state = '?';      // R S D Z T t X
   uint64_t pending = 0;  // of the thread alone
   uint64_t blocked = 0;
   uint64_t ignored = 0;
