@@ -7,8 +7,7 @@
 //   window even: closed                         thread: running
 //     │ HoldReturns: +1                                  │ signal
 //   odd: open; a signal to each thread                  │ pending = 0, then window read
-//     │ all acknowledged                                │ odd:  acked = window, waits while it is
-//     so
+//     │ all acknowledged                                │ odd:  acked = window, waits for its end
 //   odd: quiet: recheck, swap                           │ even: returns (a late one)
 //     │ CloseWindow: +1, all woken                      │
 //   even                                         thread: running
