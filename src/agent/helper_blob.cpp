@@ -127,9 +127,12 @@ void Idle(int turn) {
   Syscall(__NR_nanosleep, Address(nap), 0);
 }
 
-bool Known(const Data& data, int tid) {
-  for (uint32_t i = 0; i < data.thread_count; ++i) {
-    if (data.threads[i].tid == tid) return true;
+// Whether it is among the first `count` of the table. Looks at `next` first, where the one after
+// that found last is: the table has the order of the list, but for gaps.
+bool Known(const Data& data, uint32_t count, int tid, uint32_t& next) {
+  for (uint32_t n = 0; n < count; ++n, ++next) {
+    if (next >= count) next = 0;
+    if (data.threads[next].tid == tid) return true;
   }
   return false;
 }
@@ -199,6 +202,8 @@ struct Listing {
 
 // Seizes and interrupts every thread not yet in the table. 0 or -errno.
 long SeizeNewThreads(Data& data, long task_fd, bool nested, Listing& listing) {
+  const uint32_t known = data.thread_count;
+  uint32_t next = 0;
   if (Syscall(__NR_lseek, task_fd, 0, 0) < 0) return -kEsrch;
   for (;;) {
     const long bytes = Syscall(__NR_getdents64, task_fd, Address(data.directory_entries),
@@ -216,7 +221,7 @@ long SeizeNewThreads(Data& data, long task_fd, bool nested, Listing& listing) {
       if (listed != 0 && nested) listed = OwnIdOf(task_fd, entry->name);
       if (listed < 0) return listed;
       const int tid = static_cast<int>(listed);
-      if (tid == 0 || Known(data, tid)) continue;
+      if (tid == 0 || Known(data, known, tid, next)) continue;
       if (tid == __atomic_load_n(&data.watch_thread, __ATOMIC_RELAXED)) {
         int i = 0;  // ours; it stays free to act
         for (; entry->name[i] != 0 && i < 15; ++i) data.watch_name[i] = entry->name[i];

@@ -29,7 +29,7 @@
 namespace unmoor::helper {
 
 inline constexpr char kMagic[16] = "UNMOOR-HELPER";  // at the start of the code pages
-inline constexpr uint32_t kProtocolVersion = 3;
+inline constexpr uint32_t kProtocolVersion = 4;
 
 enum class OpKind : uint32_t {
   kSyscall,  // args: number, a0 … a5. Result >= 0 or it fails.
@@ -89,7 +89,7 @@ struct Reply {
 };
 
 inline constexpr size_t kMaxOps = 1500;
-inline constexpr size_t kMaxThreads = 8192;
+inline constexpr size_t kMaxThreads = 32768;
 inline constexpr size_t kMaxOwned = 512;
 inline constexpr size_t kScanRegions = 1024;
 inline constexpr size_t kMaxGuards = 64;

@@ -736,6 +736,8 @@ Result<SwapOutcome> Worker::SwapInWindow(std::span<const Piece> pieces, PageCoun
     case EPERM:
       outcome.result = SwapResult::kStale;
       break;
+    case EOVERFLOW:
+      return MachineError("process {} has more than {} threads", pid_.value, helper::kMaxThreads);
     default:
       return SystemError(reply.error, "cannot swap a batch inside the program");
   }
