@@ -11,19 +11,24 @@
 namespace unmoor {
 
 void KillTree(Pid root) {
-  constexpr int kRounds = 200;
-  std::vector<Pid> known;
-  for (int round = 0, quiet = 0; round < kRounds && quiet < 2; ++round) {
-    const auto tree = ReadTree(root);
-    if (!tree) break;
-    ++quiet;
-    for (const Pid pid : *tree) {
-      if (std::ranges::find(known, pid) != known.end()) continue;
-      (void)SendSignal(pid, SIGSTOP);
-      known.push_back(pid);
-      quiet = 0;
+  constexpr Nanos kLookAgain(1'000'000);
+  constexpr Nanos kPatience(10'000'000'000);
+  const Nanos began = MonotonicNow();
+  std::vector<Pid> known = {root};
+  (void)SendSignal(root, SIGSTOP);
+  // Until all stand and none was born before they did: one in the middle of a fork, for want of a
+  // CPU, has a child only when it gets to the end of it.
+  for (bool stood = false; MonotonicNow() - began < kPatience; SleepFor(kLookAgain)) {
+    const size_t before = known.size();
+    for (size_t i = 0; i < known.size(); ++i) {
+      for (const Pid child : ReadChildren(known[i]).value_or(std::vector<Pid>())) {
+        if (std::ranges::find(known, child) != known.end()) continue;
+        (void)SendSignal(child, SIGSTOP);
+        known.push_back(child);
+      }
     }
-    SleepFor(Nanos(1'000'000));  // for those in the middle of a fork to stop
+    if (stood && known.size() == before) break;
+    stood = std::ranges::all_of(known, [](Pid pid) { return IsStopped(pid).value_or(true); });
   }
   for (const Pid pid : known) (void)SendSignal(pid, SIGKILL);
 }
