@@ -366,7 +366,8 @@ def criu_processes(story):
 def demand_nothing_restored(story, churn):
     """What a restore that was killed leaves: no process, no view."""
     def criu_does():
-        return {pid: [read_proc(pid, name) for name in ("status", "syscall", "stack", "wchan", "cmdline")] + os.popen(f"ls -l /proc/{pid}/fd").readlines() for pid in story.marked()}
+        return {pid: [state(pid)] + [read_proc(pid, name) for name in ("syscall", "wchan", "cmdline")]
+                for pid in criu_processes(story)}
     poll(lambda: not criu_processes(story), lambda: f"criu to end: {criu_does()}")
     poll(lambda: state(churn.pid) not in ("T", "t"), "nothing to stay stopped")
     views = os.path.join(story.folder, "unmoor-restore-*")
