@@ -15,6 +15,19 @@ namespace {
 constexpr Nanos kLookAgain(20'000'000);
 constexpr Nanos kLastWords(5'000'000'000);
 
+// criu sends SIGSTOP to what it has restored, which that takes when it next gets a CPU. Somebody
+// else who has the id by now would not stop.
+bool IsLeftStopped(Pid root) {
+  constexpr Nanos kPatience(10'000'000'000);
+  const Nanos began = MonotonicNow();
+  for (; MonotonicNow() - began < kPatience; SleepFor(kLookAgain)) {
+    const auto process = ReadProcess(root);
+    if (!process || process->ended()) return false;
+    if (process->state == 'T' || process->state == 't') return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 void UnfinishedRestore::CriuIs(Pid pid) {
@@ -30,8 +43,7 @@ void UnfinishedRestore::End(std::span<const Pid> tasks) {
   if (const auto text = ReadFile(view_ + "/pid", Bytes(64))) {
     Pid root;
     (void)std::from_chars(text->data(), text->data() + text->size(), root.value);
-    const auto process = ReadProcess(root);
-    if (process && (process->state == 'T' || process->state == 't')) KillTree(root);
+    if (IsLeftStopped(root)) KillTree(root);
   }
   for (const Pid task : tasks) (void)SendSignal(task, SIGKILL);
   RemoveView();
