@@ -253,12 +253,13 @@ def remap(bench, point):
 def restore(bench, point):
     churn = bench.churn
     end(churn)
-    bench.killed(point, "restore", "-D", bench.image, "-d")
 
     def nothing_left():
         reap(churn.pid)
         return not exists(churn.pid) and not bench.story.marked("churn")
-    poll(nothing_left, "nothing of the program is left")
+    for _ in range(5):  # criu may be done, or not quite
+        bench.killed(point, "restore", "-D", bench.image, "-d")
+        poll(nothing_left, "nothing of the program is left")
     bench.story.restore(churn, bench.image)
     bench.story.wait_ready(churn)
     churn.await_progress("works")
