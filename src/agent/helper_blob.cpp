@@ -189,7 +189,7 @@ char StateOf(long task_fd, const char* name) {
 
 // The number of threads of the process, with those that have ended and are still listed.
 long ThreadCount(long task_fd) {
-  struct stat status {};
+  struct stat status{};
   const long error = Syscall(__NR_fstat, task_fd, Address(&status));
   return error < 0 ? error : static_cast<long>(status.st_nlink) - 2;
 }

@@ -119,8 +119,8 @@ Result<std::optional<LayerBase>> PageRouter::FindBase(uint32_t vpid, Pid pid,
 // blocked or not (dequeue_synchronous_signal in kernel/signal.c), so CRIU would give up, and the
 // SIGTRAP left would end the program. Until now CRIU has let no thread but the leader run.
 //
-// And CRIU takes the kernel's list of threads for whole (see ReadThreads), so that it may have missed
-// one, which would write to what is being read.
+// And CRIU takes the kernel's list of threads for whole (see ReadThreads), so that it may have
+// missed one, which would write to what is being read.
 Result<> PageRouter::CheckFrozen(Pid pid) {
   constexpr uint64_t kOfFaults = SignalBit(SIGSEGV) | SignalBit(SIGBUS) | SignalBit(SIGILL) |
                                  SignalBit(SIGFPE) | SignalBit(SIGTRAP) | SignalBit(SIGSYS);

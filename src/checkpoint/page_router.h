@@ -75,8 +75,8 @@ class PageRouter : public criu::PageSink {
   }
   // It failed since the program cannot be dumped as long as it maps its image.
   [[nodiscard]] bool must_be_remapped() const { return must_be_remapped_; }
-  // It failed because a thread was frozen just as it took a fault, or not at all; the next time that
-  // will not be so.
+  // It failed because a thread was frozen just as it took a fault, or not at all; the next time
+  // that will not be so.
   [[nodiscard]] bool ill_frozen() const { return ill_frozen_; }
   [[nodiscard]] Bytes received() const { return received_; }
   [[nodiscard]] Bytes criu_bytes() const { return page_images_.written(); }

@@ -234,7 +234,7 @@ bool IsHeld(int tid, uint32_t window) {
 
 // The number of threads, ended leader included; or -errno.
 long ThreadCount(int task_fd) {
-  struct stat status {};
+  struct stat status{};
   const long error = Call(__NR_fstat, task_fd, Address(&status));
   return error < 0 ? error : static_cast<long>(status.st_nlink) - 2;
 }

@@ -640,7 +640,8 @@ WindowAttempt OpenServing(const Descriptors& fds, int64_t limit_ns) {
   return attempt;
 }
 
-// False: not now, as somebody cannot be held, who might see the image where it was to be given back.
+// False: not now, as somebody cannot be held, who might see the image where it was to be given
+// back.
 bool ServeEventsLocked(const Descriptors& fds) {
   if (!raw::Readable(fds.uffd)) return true;
   Sleepers sleepers{};

@@ -15,7 +15,8 @@
 namespace unmoor {
 namespace {
 
-// A child that forks all the time, in turns so short and rare that it is mostly in the middle of it.
+// A child that forks all the time, in turns so short and rare that it is mostly in the middle of
+// it.
 pid_t StartForking() {
   const pid_t child = ::fork();
   if (child != 0) return child;
