@@ -319,8 +319,8 @@ void RunOn(Data& data, uint32_t i) {
 }
 
 // Returns how many threads have not stopped within the limit, each asked to; or -errno (EBUSY: not
-// all of them are known). `guarded`: threads in user mode run on at once, but no further
-// than their next system call, signal or fault.
+// all of them are known). `guarded`: threads in user mode run on at once, but no further than their
+// next system call, signal or fault.
 long StopThreads(Data& data, long task_fd, int64_t limit_ns, bool nested, bool guarded) {
   const int64_t began = Now();
   for (int idle = 0;; Idle(++idle)) {
@@ -340,10 +340,11 @@ long StopThreads(Data& data, long task_fd, int64_t limit_ns, bool nested, bool g
         ++i;
       }
     }
+    const bool over = listing.found == 0 && Now() - began > limit_ns;
+    if (late > 0 && !over) continue;
     const bool complete = IsComplete(data, task_fd, listing);
     if (complete && late == 0) return data.thread_count > 0 ? 0 : -kEsrch;
-    const int64_t waited = Now() - began;
-    if (listing.found == 0 && waited > limit_ns) return complete ? late : -kEbusy;
+    if (over) return complete ? late : -kEbusy;
   }
 }
 

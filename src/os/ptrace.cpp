@@ -337,8 +337,11 @@ Result<bool> ProgramStop::SeizeNew() {
 // A list alone does not tell: see CountThreads.
 bool ProgramStop::IsComplete() const {
   const auto count = CountThreads(pid_);
-  const auto zombie = ReadProcess(zombie_);
-  return count && *count == threads_.size() + (zombie && zombie->ended() ? 1 : 0);
+  const auto ended = [this] {
+    const auto zombie = ReadProcess(zombie_);
+    return zombie && zombie->ended();
+  };
+  return count && *count == threads_.size() + (zombie_.value != 0 && ended() ? 1 : 0);
 }
 
 Result<> ProgramStop::Stop(Nanos limit, const std::function<Result<bool>()>& on_late) {

@@ -232,6 +232,7 @@ def shell_job(story):
     churn.await_sweep()
     # The command sees the program's end before its own Ctrl-C, the hardest order: its status is what counts.
     second.process.send_signal(signal.SIGSTOP)
+    poll(lambda: state(second.process.pid) == "T", "the command to stand")
     second.type(CTRL_C)
     poll(lambda: not is_alive(churn.pid), "the program got the Ctrl-C")
     second.process.send_signal(signal.SIGCONT)

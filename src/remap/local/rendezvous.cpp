@@ -469,12 +469,15 @@ WindowAttempt AwaitEverybody(int task_fd, int64_t limit_ns) {
 }
 
 long HoldReturns(int task_fd) {
+  constexpr int64_t kLimit = 1'000'000'000;
   const uint32_t window = BeginWindow();
-  for (;;) {
+  const int64_t began = raw::Now();
+  for (int64_t now = began; now - began < kLimit; now = raw::Now()) {
     Look look;
-    const long error = LookAndPost(task_fd, window, raw::Now(), false, look);
+    const long error = LookAndPost(task_fd, window, now, false, look);
     if (error < 0 || (look.found == 0 && look.complete)) return error;
   }
+  return -raw::kEagain;
 }
 
 void CloseWindow() {

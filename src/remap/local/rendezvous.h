@@ -49,7 +49,7 @@ struct WindowAttempt {
 // `task_fd` is an open /proc/self/task throughout.
 //
 // Signals everybody and does not wait: from here to CloseWindow no thread leaves the kernel but
-// into the handler. Threads asleep in the kernel stay there.
+// into the handler. Threads asleep in the kernel stay there. 0 or -errno (EAGAIN: not now).
 long HoldReturns(int task_fd);
 // After HoldReturns: until everybody is in, within the limit. The window stays open either way.
 WindowAttempt AwaitEverybody(int task_fd, int64_t limit_ns);

@@ -3,9 +3,13 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
+#include <cstdlib>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -63,6 +67,22 @@ class Rendezvous : public ::testing::Test {
 TEST_F(Rendezvous, NoneIsMissedForOthersThatEnd) {
   for (int i = 0; i < 500 && !HasFailure(); ++i) OpenAsThreadsEnd();
   EXPECT_GT(open_, 0);
+}
+
+// A directory of our own in place of /proc/self/task: its count (of subdirectories) says that there
+// is one thread more than it lists.
+TEST_F(Rendezvous, AListThatLacksOneIsNotTaken) {
+  constexpr int64_t kLimit = 10'000'000;
+  std::string path = ::testing::TempDir() + "rendezvous-XXXXXX";
+  ASSERT_NE(::mkdtemp(path.data()), nullptr);
+  ASSERT_EQ(::mkdir((path + "/not_listed").c_str(), 0700), 0);
+  const int tasks = ::open(path.c_str(), O_RDONLY | O_DIRECTORY);
+  EXPECT_EQ(HoldReturns(tasks), -EAGAIN);
+  EXPECT_FALSE(AwaitEverybody(tasks, kLimit).open);
+  CloseWindow();
+  ::close(tasks);
+  ::rmdir((path + "/not_listed").c_str());
+  ::rmdir(path.c_str());
 }
 
 // The table has room for a few of all that are ever born.
