@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <iterator>
 #include <span>
+#include <string_view>
 
 #include "image/layout.h"
 #include "os/daemon.h"
@@ -73,8 +74,11 @@ std::optional<LayerCheck::Damage> LayerCheck::Truncated(FileOffset end) const {
   if (AlignUp(size, kPageSize) >= end.value) return std::nullopt;
   // Of a layer, that page may be short of bytes.
   const uint64_t first = layer_ ? AlignDown(size, kBlockSize) : AlignUp(size, kPageSize);
-  return Damage{{FileOffset(first), end},
-                fmt::format("{} was truncated: it ends at offset {}", path_, size)};
+  return Damage{{FileOffset(first), end}, EndsAt(size)};
+}
+
+std::string LayerCheck::EndsAt(uint64_t size) const {
+  return fmt::format("{} was truncated: it ends at offset {}", path_, size);
 }
 
 std::vector<FileRange> LayerCheck::Missing(FileRange range,
@@ -117,7 +121,7 @@ Result<std::vector<LayerCheck::Damage>> LayerCheck::Look(FileRange range, FileOf
   std::vector<Damage> found;
   if (!layer_) return found;
   const FileOffset end(AlignUp(range.end.value, kBlockSize));
-  const auto say = [&](FileOffset block, const std::string& what) {
+  const auto say = [&](FileOffset block, std::string_view what) {
     found.push_back({{block, block + Bytes(kBlockSize)},
                      fmt::format("{} {} at offset {}", path_, what, block.value)});
   };
@@ -136,7 +140,13 @@ Result<std::vector<LayerCheck::Damage>> LayerCheck::Look(FileRange range, FileOf
       if (!alone) {
         const int errnum = alone.error().errnum();
         if (errnum != 0 && errnum != EIO) return Failure(alone.error());
-        say(block, errnum == EIO ? "cannot be read (EIO)" : "ends too soon: no whole block is");
+        if (errnum == 0) {
+          UNMOOR_ASSIGN(const struct stat info, StatFd(file_, path_));
+          found.push_back({{block, end}, EndsAt(static_cast<uint64_t>(info.st_size))});
+          checked = std::max(checked, end);
+          return found;
+        }
+        say(block, "cannot be read (EIO)");
       } else if (!layer_->BlockMatches(block, bytes)) {
         say(block, "is damaged: its hash does not match the 64 KiB");
       }

@@ -51,6 +51,7 @@ class LayerCheck {
 
  private:
   [[nodiscard]] Result<LayerReader> OpenIndex(int file) const;
+  [[nodiscard]] std::string EndsAt(uint64_t size) const;
   [[nodiscard]] std::vector<FileRange> Missing(FileRange range,
                                                const std::vector<FileRange>& data) const;
 

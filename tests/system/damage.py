@@ -233,17 +233,14 @@ def truncated_anywhere(story):
             # One that was quicker than the truncation has nothing left to say.
             if not during or it.status().code != READY:
                 outcome = story.unmoor("remap", "-t", it.pid, expect=USER_MISTAKE)
-                # A page that the file ends in is there still, with zeros behind: its block is not.
-                last = cut > behind - PAGE
-                words = ("ends too soon" if last else "truncated", it.layer, f"process {it.pid}",
-                         f"offset {cut & ~(BLOCK - 1) if last else cut}")
-                if cut:  # else of whichever of its areas is first
-                    first = max(0, ((cut & ~(BLOCK - 1)) - it.offset) // PAGE)
+                words = ("truncated", it.layer, f"process {it.pid}", f"offset {cut}")
+                first = max(0, ((cut & ~(BLOCK - 1)) - it.offset) // PAGE)
+                if cut and not during:  # else of what was looked at first
                     words += (f"{it.address + first * PAGE:x}-", f"{it.vma[0]:x}-{it.vma[1]:x}")
                 for word in words:
                     demand(word in outcome.err, f"{name}, during {during}: {word} is said: {outcome}")
                 it.await_never(*words[:2], words[3])
-                it.verify(0, first if cut else 0)
+                it.verify(0, first)
             it.end()
             subprocess.run(["cp", "--sparse=always", good, it.layer], check=True)
 
