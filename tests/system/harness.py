@@ -181,14 +181,13 @@ def fidelity(vma):
             vma.flags - VOLATILE_FLAGS)
 
 
-def join(found, anonymous):
-    """CRIU's restore lets the kernel join neighbours that map the same file, where they differ in
-    volatile flags only. Anonymous memory is joined only on demand: that it joins again after a remap
-    is ours to achieve; but where one agent was killed and another went on, their parts stay two."""
+def join(found, joins):
+    """A restore lets the kernel join neighbours that differ in volatile flags only: such that map the
+    same file, and of anonymous memory those that joins(address between them) allows."""
     joined = []
     for vma in found:
         last = joined[-1] if joined else None
-        if (last and (vma.inode or anonymous) and last.end == vma.begin and
+        if (last and last.end == vma.begin and (vma.inode or joins(vma.begin)) and
                 (not vma.inode or last.offset + (last.end - last.begin) == vma.offset) and
                 fidelity(last)[2:3] + fidelity(last)[4:] == fidelity(vma)[2:3] + fidelity(vma)[4:]):
             joined[-1] = last._replace(end=vma.end)
@@ -198,9 +197,13 @@ def join(found, anonymous):
 
 
 def differences(before, after, join_anonymous=False):
-    """Lines that tell two map lists apart; empty when they are equal."""
-    old = {fidelity(v): v for v in join(before, join_anonymous)}
-    new = {fidelity(v): v for v in join(after, join_anonymous)}
+    """Lines that tell two map lists apart; empty when they are equal. Anonymous neighbours that a program
+    had made alike may have become one (the kernel keeps such apart by what it knows of their past). That
+    what was one is one again after a remap is ours to achieve; but where one agent was killed and another
+    went on, their parts stay two: join_anonymous."""
+    limits = {v.begin for v in after}
+    old = {fidelity(v): v for v in join(before, lambda at: join_anonymous or at not in limits)}
+    new = {fidelity(v): v for v in join(after, lambda at: join_anonymous)}
     lines = [f"- {show_vma(old[k])}" for k in sorted(old.keys() - new.keys(), key=lambda k: k[0])]
     return lines + [f"+ {show_vma(new[k])}" for k in sorted(new.keys() - old.keys(), key=lambda k: k[0])]
 
