@@ -41,6 +41,17 @@ std::vector<std::string> CommandPrefix(const std::string& path) {
   return {path};
 }
 
+// To stop a task where criu's code in it ends, criu sets a hardware breakpoint. To the kernel that
+// is a performance event: the first one in a second waits for all of RCU (10 ms and more), in a
+// dump with everybody frozen. Where a machine has no breakpoints criu goes there by system calls, a
+// few for each task; this asks for the same. (criu's fault-injection.h, FI_NO_BREAKPOINTS; the
+// kernel's kernel/events/core.c, account_event.) What the user has set stays.
+std::vector<std::string> WithoutBreakpoints() {
+  constexpr char kCriusName[] = "CRIU_FAULT";
+  if (std::getenv(kCriusName) != nullptr) return {};
+  return {fmt::format("{}=130", kCriusName)};
+}
+
 std::optional<std::string> SearchPath(const std::string& name) {
   const std::string path = Environment("PATH");
   for (size_t begin = 0; begin <= path.size();) {
@@ -190,6 +201,7 @@ Result<RunningCriu> RunningCriu::Start(const CriuBinary& criu, CriuCommand comma
   }
   spawn.argv.insert(spawn.argv.end(), command.args.begin() + 1, command.args.end());
   spawn.fds = command.fds;
+  spawn.environment = WithoutBreakpoints();
   spawn.stdout_fd = log.get();
   spawn.stderr_fd = log.get();
   spawn.own_process_group = !SharesOurTerminal(command);

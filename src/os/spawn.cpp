@@ -71,8 +71,33 @@ Result<Placements> PlaceDescriptors(const SpawnOptions& options) {
   return placements;
 }
 
+// For exec: they point into what is given, and end with a null.
+// SAFETY: exec takes char* for historical reasons and does not write through it.
+std::vector<char*> Pointers(const std::vector<std::string>& strings) {
+  std::vector<char*> pointers;
+  for (const std::string& string : strings) pointers.push_back(const_cast<char*>(string.c_str()));
+  pointers.push_back(nullptr);
+  return pointers;
+}
+
+std::vector<char*> WholeEnvironment(const SpawnOptions& options) {
+  std::vector<char*> all = Pointers(options.environment);
+  all.pop_back();
+  for (char** variable = environ; variable != nullptr && *variable != nullptr; ++variable) {
+    all.push_back(*variable);
+  }
+  all.push_back(nullptr);
+  return all;
+}
+
+// What is executed: argv and envp.
+struct Program {
+  std::vector<char*> argv;
+  std::vector<char*> environment;
+};
+
 Result<pid_t> SpawnAndWait(const SpawnOptions& options, const Placements& placements,
-                           const std::vector<char*>& argv) {
+                           const Program& program) {
   SpawnActions actions;
   for (const Placement& placement : placements) {
     ::posix_spawn_file_actions_adddup2(&actions.files, placement.copy.get(), placement.as);
@@ -88,15 +113,15 @@ Result<pid_t> SpawnAndWait(const SpawnOptions& options, const Placements& placem
   if (options.new_session) flags |= POSIX_SPAWN_SETSID;
   ::posix_spawnattr_setflags(&actions.attributes, static_cast<short>(flags));
   pid_t pid = 0;
-  const int error =
-      ::posix_spawnp(&pid, argv[0], &actions.files, &actions.attributes, argv.data(), environ);
+  const int error = ::posix_spawnp(&pid, program.argv[0], &actions.files, &actions.attributes,
+                                   program.argv.data(), program.environment.data());
   if (error != 0) return SystemError(error, fmt::format("cannot run {}", options.argv[0]));
   return pid;
 }
 
 // In a child of fork: only what is safe in a signal handler too.
 [[noreturn]] void Execute(const SpawnOptions& options, const Placements& placements,
-                          const std::vector<char*>& argv) {
+                          const Program& program) {
   for (const Placement& placement : placements) ::dup2(placement.copy.get(), placement.as);
   if (options.new_session) ::setsid();
   if (options.own_process_group) ::setpgid(0, 0);
@@ -104,9 +129,9 @@ Result<pid_t> SpawnAndWait(const SpawnOptions& options, const Placements& placem
   sigset_t none;
   sigemptyset(&none);
   ::sigprocmask(SIG_SETMASK, &none, nullptr);
-  ::execvp(argv[0], argv.data());
-  const std::array<const char*, 5> line = {"cannot run ", argv[0], ": ", ::strerrordesc_np(errno),
-                                           "\n"};
+  ::execvpe(program.argv[0], program.argv.data(), program.environment.data());
+  const std::array<const char*, 5> line = {"cannot run ", program.argv[0], ": ",
+                                           ::strerrordesc_np(errno), "\n"};
   for (const char* const part : line) {
     (void)!::write(STDERR_FILENO, part, std::strlen(part));
   }
@@ -114,10 +139,10 @@ Result<pid_t> SpawnAndWait(const SpawnOptions& options, const Placements& placem
 }
 
 Result<pid_t> ForkAndExecute(const SpawnOptions& options, const Placements& placements,
-                             const std::vector<char*>& argv) {
+                             const Program& program) {
   const pid_t pid = ::fork();
   if (pid < 0) return SystemError(errno, fmt::format("cannot run {}", options.argv[0]));
-  if (pid == 0) Execute(options, placements, argv);
+  if (pid == 0) Execute(options, placements, program);
   return pid;
 }
 
@@ -165,14 +190,9 @@ Result<> ChildProcess::Signal(int signal) {
 Result<ChildProcess> Spawn(const SpawnOptions& options) {
   UNMOOR_CHECK(!options.argv.empty());
   UNMOOR_ASSIGN(const Placements placements, PlaceDescriptors(options));
-  std::vector<char*> argv;
-  for (const std::string& argument : options.argv) {
-    // SAFETY: exec takes char* for historical reasons and does not write through it.
-    argv.push_back(const_cast<char*>(argument.c_str()));
-  }
-  argv.push_back(nullptr);
-  UNMOOR_ASSIGN(const pid_t pid, options.at_once ? ForkAndExecute(options, placements, argv)
-                                                 : SpawnAndWait(options, placements, argv));
+  const Program program{Pointers(options.argv), WholeEnvironment(options)};
+  UNMOOR_ASSIGN(const pid_t pid, options.at_once ? ForkAndExecute(options, placements, program)
+                                                 : SpawnAndWait(options, placements, program));
   // The child is ours and unreaped, so its pid still means it.
   Fd pidfd(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
   if (!pidfd.valid()) {

@@ -27,7 +27,8 @@ struct InheritedFd {
 struct SpawnOptions {
   std::vector<std::string> argv;  // argv[0] is the path, looked up in PATH if it has no slash
   std::vector<InheritedFd> fds;   // `as` from 3 on; all different
-  std::optional<int> stdin_fd;    // unset: ours
+  std::vector<std::string> environment;  // NAME=VALUE, beside what we have; no NAME twice
+  std::optional<int> stdin_fd;           // unset: ours
   std::optional<int> stdout_fd;
   std::optional<int> stderr_fd;
   bool own_process_group = false;  // a Ctrl-C at the terminal then reaches only us

@@ -264,6 +264,19 @@ TEST_F(CriuEndToEnd, StockCriuRestoresWhatOurPageServerWrote) {
   EXPECT_EQ(maps_before.size(), maps_after.size());
 }
 
+// The first breakpoint in a second costs 10 ms and more.
+TEST_F(CriuEndToEnd, NobodyIsStoppedByABreakpoint) {
+  Start("2");
+  DivertingSink sink(images_, {});
+  ASSERT_TRUE(Dump(sink, {"-v4"}));
+  AwaitGone();
+  ASSERT_TRUE(Restore(images_, {"-v4"}));
+  ExpectAliveAndRight();
+  for (const char* const log : {"/dump.log", "/restore.log"}) {
+    EXPECT_THAT(ReadFile(root_ + log).value(), ::testing::HasSubstr("Force no-breakpoints")) << log;
+  }
+}
+
 TEST_F(CriuEndToEnd, OurPagemapHoldsTheSamePagesAsCriusOwn) {
   Start("8");
   DivertingSink sink(images_, {});

@@ -128,6 +128,18 @@ TEST_F(Runner, OptionsOfTheCallerComeLastAndDescriptorsArriveExactly) {
   EXPECT_THAT(ReadFile(root_ + "/fds").value(), HasSubstr("7"));
 }
 
+TEST_F(Runner, WhatTheUserAsksOfCriuByTheEnvironmentStays) {
+  const CriuBinary criu{Script("echo $CRIU_FAULT $HOME >" + root_ + "/environment"), std::nullopt};
+  ::setenv("HOME", "/home", 1);
+  ASSERT_TRUE(RunCriu(criu, Command()));
+  EXPECT_EQ(ReadFile(root_ + "/environment").value(), "130 /home\n");
+  ::setenv("CRIU_FAULT", "131", 1);
+  const auto outcome = RunCriu(criu, Command());
+  ::unsetenv("CRIU_FAULT");
+  ASSERT_TRUE(outcome);
+  EXPECT_EQ(ReadFile(root_ + "/environment").value(), "131 /home\n");
+}
+
 TEST_F(Runner, WhatCannotBeExecutedIsAnError) {
   const std::string text = root_ + "/text";
   ASSERT_TRUE(WriteFile(text, "text"));
