@@ -6,6 +6,7 @@
   paging     what each touch of a page costs after a restore, by pattern and threads
   after      a program's speed once it is independent, beside one that was never checkpointed
 """
+import contextlib
 import os
 import shutil
 import statistics
@@ -58,7 +59,8 @@ class RestoreCases:
         """One restore up to a verified, independent program; the line it gives. `beside`: counts for that size."""
         self.prepare_cache(folder, cache)
         before = read_bytes()
-        running = way.restore(folder, program.pid)
+        with self.stage.alone() if cache == "alone" else contextlib.nullcontext():
+            running = way.restore(folder, program.pid)
         values = dict(running.values)
         program.first()
         values["first_ms"] = (time.monotonic() - running.began) * 1e3
@@ -106,8 +108,10 @@ class RestoreCases:
             probing = "stock-probing" if mib <= 1 else None
             if probing:
                 contestants.append((probing, "warm"))
+            contestants += [("null", "alone"), ("direct", "alone")]
+            rounds = {"warm": warm, "cold": cold, "alone": min(warm, 10)}
             for number, (name, cache) in self.each_round(max(warm, cold), contestants, seconds):
-                if number >= (warm if cache == "warm" else cold):
+                if number >= rounds[cache]:
                     continue
                 if name == "null":
                     self.restore_measured("restore", null_program, null, null_folder, cache, number, beside=mib)

@@ -20,6 +20,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 import time
@@ -230,6 +231,23 @@ class StockProbeCache:
                 os.remove(self.FILE)
 
 
+class BreakpointsAtHand:
+    """While this is open, setting a breakpoint costs stock CRIU nothing; else each restore and dump waits for RCU
+    (10 ms and more), unless there was one in the second before. To the kernel a breakpoint is a performance event,
+    and what the first of them has to switch on stays on while there is any (kernel/events/core.c, account_event)."""
+    PERF_EVENT_OPEN, SOFTWARE, DUMMY, SIZE = 298, 1, 9, 64
+    SWITCHED_OFF_AFTER = 1.2
+
+    def __init__(self):
+        attributes = struct.pack("<IIQ", self.SOFTWARE, self.SIZE, self.DUMMY).ljust(self.SIZE, b"\0")
+        self.fd = ctypes.CDLL(None, use_errno=True).syscall(self.PERF_EVENT_OPEN, attributes, 0, -1, -1, 0)
+        if self.fd < 0:
+            raise Failed(f"perf_event_open: {os.strerror(ctypes.get_errno())}")
+
+    def close(self):
+        os.close(self.fd)
+
+
 class Outcome:
     """What a command did."""
 
@@ -262,6 +280,21 @@ class Stage:
         self.prefix, self.parent = prefix, parent
         self.folder = self.shared = None
         self.current = None
+        self.breakpoints = None
+
+    def keep_breakpoints_at_hand(self):
+        """So that what stock CRIU takes does not depend on who ran before; alone() is without."""
+        self.breakpoints = BreakpointsAtHand()
+
+    @contextlib.contextmanager
+    def alone(self):
+        """A command as the only one in a while, as its user runs it."""
+        self.breakpoints.close()
+        time.sleep(BreakpointsAtHand.SWITCHED_OFF_AFTER)
+        try:
+            yield
+        finally:
+            self.keep_breakpoints_at_hand()
 
     def open(self):
         """Makes the folder. From here on close() is needed, however this ends."""
