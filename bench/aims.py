@@ -63,20 +63,19 @@ def of_null(share):
 
 def null_of(results, mib, case="restore"):
     """Stock CRIU restoring an empty process, in the rounds of that size (in older results: in those of size 0)."""
-    null = results.median(case, "wall_ms", way="null", mib=mib, cache="warm")
+    null = results.median(case, "wall_ms", way="null", mib=mib)
     return null if null is not None else results.median("restore", "wall_ms", way="stock", mib=0, cache="warm")
 
 
 def of_restores(results, rows):
-    def wall(way, mib, case="restore", cache="warm"):
-        return results.median(case, "wall_ms", way=way, mib=mib, cache=cache)
+    def wall(way, mib, case="restore"):
+        return results.median(case, "wall_ms", way=way, mib=mib, cache="warm")
     sizes = [mib for mib in results.distinct("restore", "mib") if mib > 0]
     all_sizes = [("restore", mib) for mib in sizes] + [("sparse", mib) for mib in results.distinct("sparse", "mib")]
     add(rows, "direct restore ÷ CRIU's of an empty process, the worst size",
         worst(quotient(wall("direct", m, case), null_of(results, m, case)) for case, m in all_sizes), 1.1, "", limit="direct")
     add(rows, "direct restore ÷ CRIU's of an empty process, each the only one in a second, the worst size",
-        worst(quotient(wall("direct", m, cache="alone"), results.median("restore", "wall_ms", way="null", mib=m, cache="alone"))
-              for m in sizes), 1.1, "")
+        worst(quotient(wall("direct", m, "alone"), wall("null", m, "alone")) for m in results.distinct("alone", "mib")), 1.1, "")
     add(rows, "of it outside criu, the worst size",
         worst(results.median(case, "own_ms", way="direct", mib=m, cache="warm") for case, m in all_sizes), 3, "ms", limit="direct")
     for mib in (1024, 4096):

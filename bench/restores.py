@@ -4,6 +4,7 @@
   served     redis and a JVM: the same, up to their first answers
   together   eight programs restored at the same time
   paging     what each touch of a page costs after a restore, by pattern and threads
+  alone      restores, and first dumps, of which each is the only one for a second
   after      a program's speed once it is independent, beside one that was never checkpointed
 """
 import contextlib
@@ -13,7 +14,7 @@ import statistics
 import time
 
 from served import Jvm, Redis, Touch, faults, have, smaps
-from stage import Failed
+from stage import Failed, dump_times
 from ways import Stock, all_ways, make_cold, make_warm, popen, read_bytes
 
 
@@ -59,7 +60,7 @@ class RestoreCases:
         """One restore up to a verified, independent program; the line it gives. `beside`: counts for that size."""
         self.prepare_cache(folder, cache)
         before = read_bytes()
-        with self.stage.alone() if cache == "alone" else contextlib.nullcontext():
+        with self.stage.alone() if case == "alone" else contextlib.nullcontext():
             running = way.restore(folder, program.pid)
         values = dict(running.values)
         program.first()
@@ -108,10 +109,8 @@ class RestoreCases:
             probing = "stock-probing" if mib <= 1 else None
             if probing:
                 contestants.append((probing, "warm"))
-            contestants += [("null", "alone"), ("direct", "alone")]
-            rounds = {"warm": warm, "cold": cold, "alone": min(warm, 10)}
             for number, (name, cache) in self.each_round(max(warm, cold), contestants, seconds):
-                if number >= rounds[cache]:
+                if number >= (warm if cache == "warm" else cold):
                     continue
                 if name == "null":
                     self.restore_measured("restore", null_program, null, null_folder, cache, number, beside=mib)
@@ -135,6 +134,41 @@ class RestoreCases:
             else:
                 self.restore_measured("sparse", program, ways[name], folders[ways[name].image], "warm", number)
         self.remove_all(folders)
+
+    # Commands as their users run them: none other of CRIU's in the second before.
+
+    def alone(self):
+        sizes, rounds = ((0, 64), 2) if self.quick else ((0, 1, 256, 1024, 4096), 10)
+        null_program = Touch(self.stage, "touch-null", 0)
+        null = Stock(self.stage, "null", "stock CRIU, an empty process")
+        null_folder, = self.dump_all(null_program, {"null": null}).values()
+        direct = self.ways()["direct"]
+        for mib in sizes:
+            program = Touch(self.stage, "touch", mib)
+            folder, = self.dump_all(program, {"direct": direct}).values()
+            for number, name in self.each_round(self.rounds or rounds, ["null", "direct"], 20):
+                if name == "null":
+                    self.restore_measured("alone", null_program, null, null_folder, "warm", number, beside=mib)
+                else:
+                    self.restore_measured("alone", program, direct, folder, "warm", number)
+            self.remove_all({"direct": folder})
+        self.remove_all({"null": null_folder})
+        for number, name in self.each_round(self.rounds or rounds, ["stock", "direct"], 20):
+            self.first_dump(number, name, 1)
+
+    def first_dump(self, number, name, mib):
+        """How long a program stands still that nobody has dumped before."""
+        program = Touch(self.stage, "touch", mib)
+        folder = self.fresh("dumped")
+        with self.stage.alone():
+            if name == "stock":
+                self.stage.stock_dump(program.pid, folder, "--leave-running")
+            else:
+                self.stage.unmoor("dump", "-t", program.pid, "-D", folder, "-R")
+        times = dump_times(folder if name == "stock" else os.path.join(folder, "criu"))
+        program.verify()
+        self.stage.kill(program.pid)
+        self.emit("first-dump", mib=mib, way=name, round=number, frozen_ms=round(times["frozen"] * 1e3, 3), verified=True)
 
     def probing_way(self):
         return Stock(self.stage, "stock-probing", "stock CRIU, asking the kernel", probing=True)
