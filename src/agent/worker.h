@@ -154,7 +154,8 @@ class Worker final : public Carrier {
   [[nodiscard]] Result<> MapLayer(const Area& area, Vaddr base, int file);
   [[nodiscard]] Result<> PutBackArea(Pacer& pacer);
   [[nodiscard]] Result<> PutBackBatch(VaddrRange batch, Pacer& pacer);
-  [[nodiscard]] Result<bool> CompareBlock(VaddrRange block, const RangeSet& own);
+  [[nodiscard]] Result<std::optional<Bytes>> CompareBlock(VaddrRange block, const RangeSet& own,
+                                                          Bytes most);
   [[nodiscard]] Result<> ExchangePieces(std::span<const Piece> pieces, Pacer& pacer);
   [[nodiscard]] Result<> EndPutBack();
   [[nodiscard]] Result<> KnowChildren();

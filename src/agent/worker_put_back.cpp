@@ -8,7 +8,9 @@
 //              more, then the mirror's block is moved over the program's by one mremap
 //
 // So a block is exchanged only for what was compared after the baseline and is known not to have
-// changed since. Where that is not known (memory was given back or moved meanwhile, too much was
+// changed since. What a layer shows of a VMA is exchanged as a whole or not at all, up to 64 MiB
+// (as in the remap), and not at all where it is a part only of a small one: of a VMA that is two,
+// mremap fails. Where that is not known (memory was given back or moved meanwhile, too much was
 // written, a thread does not stop) it stays as it is, and the dump reads it. Killed at any moment
 // the program is direct-mapped in part, which is what the next worker finds.
 #include <fcntl.h>
@@ -36,8 +38,12 @@ namespace {
 
 constexpr Bytes kFirstBatch(uint64_t{8} << 20);
 constexpr Bytes kMostBatch(uint64_t{32} << 20);
-constexpr uint64_t kMostDiffering = 4;  // of the pages of a block, one in so many
-constexpr size_t kMostPieces = 16;      // of a window, as in the remap
+constexpr uint64_t kMostDiffering = 4;         // of the pages of a block, one in so many
+constexpr uint64_t kMostDifferingOfWhole = 2;  // of a VMA exchanged as a whole
+constexpr size_t kMostPieces = 16;             // of a window, as in the remap
+// Of what a layer shows of a VMA; and of a VMA of which a layer shows only a part.
+constexpr Bytes kNeverCut(uint64_t{64} << 20);
+constexpr Bytes kNeverInPart(uint64_t{8} << 20);
 constexpr int kAttempts = 20;
 constexpr Nanos kBusyPatience(3'000'000'000);  // for threads that do not stop, of all windows
 constexpr size_t kSpareMaps = 256;  // for mirrors, and for what the program maps meanwhile
@@ -74,6 +80,8 @@ Result<> Worker::PutBack(const std::vector<ShownByLayer>& ranges) {
       return v.IsPrivateAnonymous() && v.range.Contains(shown.range);
     });
     if (vma == vmas.end() || (vma->prot & PROT_READ) == 0) continue;
+    // Changed since: what grew by mremap may do so again.
+    if (vma->range != shown.range && vma->range.size() <= kNeverInPart) continue;
     mappings += CutIntoBlocks(shown.range).size();  // when every other block stays
     if (mappings > MaxMapCount()) {
       return MachineError("the program may not have the mappings for it; raise vm.max_map_count");
@@ -143,6 +151,7 @@ Result<> Worker::EndPutBack() {
 
 Result<> Worker::PutBackArea(Pacer& pacer) {
   const VaddrRange whole = areas_.front().area.range;
+  if (whole.size() <= kNeverCut) return PutBackBatch(whole, pacer);
   const std::vector<VaddrRange> blocks = CutIntoBlocks(whole);
   for (auto block = blocks.begin(); block != blocks.end() && !program_ended();) {
     VaddrRange batch{block->begin, block->begin};
@@ -161,10 +170,20 @@ Result<> Worker::PutBackBatch(VaddrRange batch, Pacer& pacer) {
   touched_ = RangeSet();
   const auto own = ScanPages(pagemap_.get(), batch, PageQuery::kOwn, true);
   if (!own) return {};  // unmapped by now
+  const bool uncut = batch == areas_.front().area.range && batch.size() <= kNeverCut;
+  const auto most = [&](VaddrRange range) {
+    return Bytes(range.size().value / (uncut ? kMostDifferingOfWhole : kMostDiffering));
+  };
   std::vector<VaddrRange> alike;
+  Bytes differing;
   for (const VaddrRange block : CutIntoBlocks(batch)) {
-    UNMOOR_ASSIGN(const bool worthwhile, CompareBlock(block, ToSet(*own)));
-    if (worthwhile) alike.push_back(block);
+    UNMOOR_ASSIGN(const auto differs,
+                  CompareBlock(block, ToSet(*own), uncut ? block.size() : most(block)));
+    if (!differs && uncut) return {};
+    if (!differs) continue;
+    differing += *differs;
+    if (uncut && differing > most(batch)) return {};
+    alike.push_back(block);
   }
   const std::vector<Piece> pieces = JoinBlocks(alike);
   for (size_t i = 0; i < pieces.size(); i += kMostPieces) {
@@ -174,8 +193,10 @@ Result<> Worker::PutBackBatch(VaddrRange batch, Pacer& pacer) {
   return {};
 }
 
-// Whether the layer shows most of it; then the rest is in the mirror.
-Result<bool> Worker::CompareBlock(VaddrRange block, const RangeSet& own) {
+// What the layer does not show of it, and that is then in the mirror. None: it is more than `most`,
+// or unmapped by now.
+Result<std::optional<Bytes>> Worker::CompareBlock(VaddrRange block, const RangeSet& own,
+                                                  Bytes most) {
   const PlannedArea& planned = areas_.front();
   std::vector<std::byte>& ours = put_back_bytes_[0];
   std::vector<std::byte>& layers = put_back_bytes_[1];
@@ -185,7 +206,7 @@ Result<bool> Worker::CompareBlock(VaddrRange block, const RangeSet& own) {
     return std::span(bytes).subspan((range.begin - block.begin).value, range.size().value);
   };
   for (const VaddrRange range : own.Inside(block)) {
-    if (!ReadMemory(pid_, range.begin, part(ours, range))) return false;  // unmapped by now
+    if (!ReadMemory(pid_, range.begin, part(ours, range))) return std::optional<Bytes>();
   }
   for (const VaddrRange range : planned.image_data.Inside(block)) {
     UNMOOR_TRY(ReadExactlyAt(put_back_file_.get(), part(layers, range),
@@ -198,11 +219,11 @@ Result<bool> Worker::CompareBlock(VaddrRange block, const RangeSet& own) {
       differing.Insert(page);
     }
   }
-  if (differing.SizeWithin(block).value > block.size().value / kMostDiffering) return false;
+  if (differing.SizeWithin(block) > most) return std::optional<Bytes>();
   for (const VaddrRange range : differing.Inside(block)) {
     UNMOOR_TRY(WriteMemory(link_.helper().pid, MirrorOf(0).At(range.begin), part(ours, range)));
   }
-  return true;
+  return std::optional<Bytes>(differing.SizeWithin(block));
 }
 
 // Of blocks compared since their baseline; or nothing, where that is not sure. On a busy machine a
