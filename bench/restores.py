@@ -1,10 +1,10 @@
 """The cases of bench/run that compare the ways to restore (ways.py) on programs that answer (served.py).
 
   restore    heaps by size, cold and warm: until it runs, until the first answer, until it is independent
+  alone      restores, and first dumps, of which each is the only one for a second
   served     redis and a JVM: the same, up to their first answers
   together   eight programs restored at the same time
   paging     what each touch of a page costs after a restore, by pattern and threads
-  alone      restores, and first dumps, of which each is the only one for a second
   after      a program's speed once it is independent, beside one that was never checkpointed
 """
 import contextlib
@@ -95,9 +95,7 @@ class RestoreCases:
         plan = ([(0, 5, 0, 5), (1, 5, 0, 5), (64, 3, 2, 10), (256, 2, 0, 10)] if self.quick else
                 [(0, 30, 0, 15), (1, 30, 5, 40), (256, 10, 5, 70), (1024, 5, 3, 100), (4096, 3, 0, 130)])
         # What is compared with every size in that size's own rounds: the machine is not the same in all of them.
-        null_program = Touch(self.stage, "touch-null", 0)
-        null = Stock(self.stage, "null", "stock CRIU, an empty process")
-        null_folder, = self.dump_all(null_program, {"null": null}).values()
+        null = self.dump_null()
         for mib, warm, cold, seconds in plan:
             warm, cold = self.rounds or warm, (self.rounds if cold else 0) or cold
             ways = self.ways(without=() if mib else ("prefetch", "lazy", "eager", "stock-lazy"))
@@ -113,62 +111,60 @@ class RestoreCases:
                 if number >= (warm if cache == "warm" else cold):
                     continue
                 if name == "null":
-                    self.restore_measured("restore", null_program, null, null_folder, cache, number, beside=mib)
+                    self.restore_measured("restore", *null, cache, number, beside=mib)
                 else:
                     way = self.probing_way() if name == probing else ways[name]
                     self.restore_measured("restore", program, way, folders[way.image], cache, number,
                                           rss=number == 0 and mib >= 64)
             self.remove_all(folders)
-        self.restore_sparse(null_program, null, null_folder)
-        self.remove_all({"null": null_folder})
+        self.restore_sparse(null)
+        shutil.rmtree(null[2])
 
-    def restore_sparse(self, null_program, null, null_folder):
+    def dump_null(self):
+        """What everything is compared with: an empty process, the way to restore it and its image."""
+        program = Touch(self.stage, "touch-null", 0)
+        way = Stock(self.stage, "null", "stock CRIU, an empty process")
+        folder, = self.dump_all(program, {way.name: way}).values()
+        return program, way, folder
+
+    def beside_null(self, case, program, ways, null, rounds, seconds):
+        folders = self.dump_all(program, ways)
+        for number, name in self.each_round(self.rounds or rounds, ["null", *ways], seconds):
+            if name == "null":
+                self.restore_measured(case, *null, "warm", number, beside=program.mib)
+            else:
+                self.restore_measured(case, program, ways[name], folders[ways[name].image], "warm", number)
+        self.remove_all(folders)
+
+    def restore_sparse(self, null):
         """As large as few machines have memory and disk for: one page of each 2 MiB is there."""
         mib, rounds, seconds = (4096, 2, 5) if self.quick else (16384, 8, 40)
         program = Touch(self.stage, "sparse", mib, of=512)
         ways = {name: way for name, way in self.ways().items() if name in ("direct", "stock")}
-        folders = self.dump_all(program, ways)
-        for number, name in self.each_round(self.rounds or rounds, ["null", *ways], seconds):
-            if name == "null":
-                self.restore_measured("sparse", null_program, null, null_folder, "warm", number, beside=mib)
-            else:
-                self.restore_measured("sparse", program, ways[name], folders[ways[name].image], "warm", number)
-        self.remove_all(folders)
+        self.beside_null("sparse", program, ways, null, rounds, seconds)
 
     # Commands as their users run them: none other of CRIU's in the second before.
 
     def alone(self):
         sizes, rounds = ((0, 64), 2) if self.quick else ((0, 1, 256, 1024, 4096), 10)
-        null_program = Touch(self.stage, "touch-null", 0)
-        null = Stock(self.stage, "null", "stock CRIU, an empty process")
-        null_folder, = self.dump_all(null_program, {"null": null}).values()
-        direct = self.ways()["direct"]
+        null = self.dump_null()
+        ways = {name: way for name, way in self.ways().items() if name in ("direct", "stock")}
         for mib in sizes:
-            program = Touch(self.stage, "touch", mib)
-            folder, = self.dump_all(program, {"direct": direct}).values()
-            for number, name in self.each_round(self.rounds or rounds, ["null", "direct"], 20):
-                if name == "null":
-                    self.restore_measured("alone", null_program, null, null_folder, "warm", number, beside=mib)
-                else:
-                    self.restore_measured("alone", program, direct, folder, "warm", number)
-            self.remove_all({"direct": folder})
-        self.remove_all({"null": null_folder})
-        for number, name in self.each_round(self.rounds or rounds, ["stock", "direct"], 20):
-            self.first_dump(number, name, 1)
+            self.beside_null("alone", Touch(self.stage, "touch", mib), {"direct": ways["direct"]}, null, rounds, 20)
+        shutil.rmtree(null[2])
+        for number, name in self.each_round(self.rounds or rounds, ways, 20):
+            self.first_dump(number, ways[name], 1)
 
-    def first_dump(self, number, name, mib):
+    def first_dump(self, number, way, mib):
         """How long a program stands still that nobody has dumped before."""
         program = Touch(self.stage, "touch", mib)
         folder = self.fresh("dumped")
         with self.stage.alone():
-            if name == "stock":
-                self.stage.stock_dump(program.pid, folder, "--leave-running")
-            else:
-                self.stage.unmoor("dump", "-t", program.pid, "-D", folder, "-R")
-        times = dump_times(folder if name == "stock" else os.path.join(folder, "criu"))
+            way.dump(program.pid, folder)
+        times = dump_times(os.path.join(folder, "criu") if way.image == "unmoor" else folder)
         program.verify()
         self.stage.kill(program.pid)
-        self.emit("first-dump", mib=mib, way=name, round=number, frozen_ms=round(times["frozen"] * 1e3, 3), verified=True)
+        self.emit("first-dump", mib=mib, way=way.name, round=number, frozen_ms=round(times["frozen"] * 1e3, 3), verified=True)
 
     def probing_way(self):
         return Stock(self.stage, "stock-probing", "stock CRIU, asking the kernel", probing=True)

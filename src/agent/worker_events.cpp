@@ -44,7 +44,6 @@ constexpr int64_t kRunsAfterHoldInVain = 3;
 constexpr Nanos kBirth(2'000'000);
 constexpr int kHotAreas = 16;
 constexpr Bytes kHotPart(uint64_t{2} << 20);
-constexpr Bytes kConvertWhole(uint64_t{64} << 20);
 constexpr int kPlansBeforeLargeAreas = 50;
 constexpr int kEventsAtOnce = 16;
 constexpr int kBlindLooks = 20;
@@ -488,7 +487,7 @@ Result<> Worker::ConvertSmallest() {
   if (area.range.size() > kHotPart && plans_in_a_row_ < kPlansBeforeLargeAreas) return {};
   UNMOOR_TRY(FileOf(area));
   UNMOOR_TRY(MirrorFor(area));  // for all of it, so that its parts join again
-  if (area.range.size() > kConvertWhole) area.range.end = area.range.begin + kHotPart;
+  if (area.range.size() > kWholeArea) area.range.end = area.range.begin + kHotPart;
   for (const VmaInfo& vma : vmas) {
     const VaddrRange part = vma.range.Intersect(area.range);
     if (part.empty() || !MapsPageImage(vma)) continue;

@@ -38,12 +38,10 @@ namespace {
 
 constexpr Bytes kFirstBatch(uint64_t{8} << 20);
 constexpr Bytes kMostBatch(uint64_t{32} << 20);
-constexpr uint64_t kMostDiffering = 4;         // of the pages of a block, one in so many
-constexpr uint64_t kMostDifferingOfWhole = 2;  // of a VMA exchanged as a whole
-constexpr size_t kMostPieces = 16;             // of a window, as in the remap
-// Of what a layer shows of a VMA; and of a VMA of which a layer shows only a part.
-constexpr Bytes kNeverCut(uint64_t{64} << 20);
-constexpr Bytes kNeverInPart(uint64_t{8} << 20);
+constexpr uint64_t kMostDiffering = 4;            // of the pages of a block, one in so many
+constexpr uint64_t kMostDifferingOfWhole = 2;     // of a VMA exchanged as a whole
+constexpr size_t kMostPieces = 16;                // of a window, as in the remap
+constexpr Bytes kNeverInPart(uint64_t{8} << 20);  // a VMA of which a layer shows only a part
 constexpr int kAttempts = 20;
 constexpr Nanos kBusyPatience(3'000'000'000);  // for threads that do not stop, of all windows
 constexpr size_t kSpareMaps = 256;  // for mirrors, and for what the program maps meanwhile
@@ -151,7 +149,7 @@ Result<> Worker::EndPutBack() {
 
 Result<> Worker::PutBackArea(Pacer& pacer) {
   const VaddrRange whole = areas_.front().area.range;
-  if (whole.size() <= kNeverCut) return PutBackBatch(whole, pacer);
+  if (whole.size() <= kWholeArea) return PutBackBatch(whole, pacer);
   const std::vector<VaddrRange> blocks = CutIntoBlocks(whole);
   for (auto block = blocks.begin(); block != blocks.end() && !program_ended();) {
     VaddrRange batch{block->begin, block->begin};
@@ -170,7 +168,8 @@ Result<> Worker::PutBackBatch(VaddrRange batch, Pacer& pacer) {
   touched_ = RangeSet();
   const auto own = ScanPages(pagemap_.get(), batch, PageQuery::kOwn, true);
   if (!own) return {};  // unmapped by now
-  const bool uncut = batch == areas_.front().area.range && batch.size() <= kNeverCut;
+  const RangeSet owned = ToSet(*own);
+  const bool uncut = batch == areas_.front().area.range;
   const auto most = [&](VaddrRange range) {
     return Bytes(range.size().value / (uncut ? kMostDifferingOfWhole : kMostDiffering));
   };
@@ -178,7 +177,7 @@ Result<> Worker::PutBackBatch(VaddrRange batch, Pacer& pacer) {
   Bytes differing;
   for (const VaddrRange block : CutIntoBlocks(batch)) {
     UNMOOR_ASSIGN(const auto differs,
-                  CompareBlock(block, ToSet(*own), uncut ? block.size() : most(block)));
+                  CompareBlock(block, owned, uncut ? block.size() : most(block)));
     if (!differs && uncut) return {};
     if (!differs) continue;
     differing += *differs;

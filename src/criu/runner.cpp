@@ -47,9 +47,8 @@ std::vector<std::string> CommandPrefix(const std::string& path) {
 // few for each task; this asks for the same. (criu's fault-injection.h, FI_NO_BREAKPOINTS; the
 // kernel's kernel/events/core.c, account_event.) What the user has set stays.
 std::vector<std::string> WithoutBreakpoints() {
-  constexpr char kCriusName[] = "CRIU_FAULT";
-  if (std::getenv(kCriusName) != nullptr) return {};
-  return {fmt::format("{}=130", kCriusName)};
+  if (!Environment("CRIU_FAULT").empty()) return {};
+  return {"CRIU_FAULT=130"};
 }
 
 std::optional<std::string> SearchPath(const std::string& name) {

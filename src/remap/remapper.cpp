@@ -10,7 +10,6 @@ namespace {
 constexpr Bytes kFirstBatch(uint64_t{16} << 20);
 constexpr Bytes kLargestBatch(uint64_t{32} << 20);
 constexpr Bytes kCopyChunk(uint64_t{8} << 20);   // between two looks at the program's events
-constexpr Bytes kWholeArea(uint64_t{64} << 20);  // never swapped in parts unless it is too hot
 constexpr Bytes kPieceSpan(uint64_t{4} << 30);   // address space swapped at once
 constexpr size_t kPiecesPerBatch = 16;
 constexpr int kRefreshRounds = 4;

@@ -25,6 +25,10 @@
 
 namespace unmoor {
 
+// An area up to this size is never swapped in parts, unless it is too hot: one that is anonymous in
+// part is two VMAs for the time being, and mremap of all of it fails.
+inline constexpr Bytes kWholeArea(uint64_t{64} << 20);
+
 // A part of an area that is copied and swapped as a whole. `blocks` cut at 2 MiB.
 struct Piece {
   size_t area = 0;
